@@ -1,0 +1,282 @@
+"""Callback, the list of them that a run calls, and the monitor that the choosing ones share.
+
+The order of the hooks, in fit:
+
+    on_train_begin
+    for each epoch:
+        on_epoch_begin(epoch)
+        for each batch:
+            on_train_batch_begin(batch)
+            on_train_batch_end(batch, logs)         logs: running averages, read from the device when looked at
+        if validation is due:
+            on_test_begin
+            for each batch:
+                on_test_batch_begin(batch)
+                on_test_batch_end(batch, logs)
+            on_test_end(logs)                       logs: without "val_"
+        on_epoch_end(epoch, logs)                   logs: with "val_"; what a hook adds goes into History
+    on_train_end(logs)                              logs: the last epoch's; not called after an exception
+    close                                           always, once
+
+evaluate fires the test hooks alone, predict on_predict_begin, on_predict_batch_begin(batch),
+on_predict_batch_end(batch, {"outputs": ...}), on_predict_end. Indices count from 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+from kerastorch.errors import check_choice, did_you_mean
+from kerastorch.run import Run
+
+if TYPE_CHECKING:
+    from kerastorch.model import Model
+
+Logs = Any  # a dict; in batch hooks a Mapping that is read from the device when looked at
+
+
+class Callback:
+    """A callback of one's own overrides the hooks it needs; they return nothing.
+
+    model: the Model.   run: the Run of the call: counters, optimizer, stop_training.
+    params: {"verbose", "epochs", "steps"} of the call.
+    """
+
+    model: Model
+    run: Run
+    params: dict[str, Any]
+
+    def set_model(self, model: Model) -> None:
+        """Keep the Model that calls."""
+        self.model = model
+
+    def set_params(self, params: dict[str, Any]) -> None:
+        """Keep the call's {"verbose", "epochs", "steps"}."""
+        self.params = params
+
+    def on_train_begin(self, logs: Logs | None = None) -> None:
+        """Called when fit begins. logs: empty."""
+
+    def on_train_end(self, logs: Logs | None = None) -> None:
+        """Called when fit ends, not after an exception. logs: the last epoch's."""
+
+    def on_epoch_begin(self, epoch: int, logs: Logs | None = None) -> None:
+        """Called before an epoch. logs: empty."""
+
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        """Called after an epoch and its validation. logs: loss, metrics, val_loss, val_ metrics; floats."""
+
+    def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
+        """Called before a training batch. logs: empty."""
+        self.on_batch_begin(batch, logs)
+
+    def on_train_batch_end(self, batch: int, logs: Logs | None = None) -> None:
+        """Called after a training batch. logs: loss and metrics as averages since the epoch began."""
+        self.on_batch_end(batch, logs)
+
+    def on_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
+        """Another name for on_train_batch_begin."""
+
+    def on_batch_end(self, batch: int, logs: Logs | None = None) -> None:
+        """Another name for on_train_batch_end."""
+
+    def on_test_begin(self, logs: Logs | None = None) -> None:
+        """Called before a validation pass or evaluate. logs: empty."""
+
+    def on_test_end(self, logs: Logs | None = None) -> None:
+        """Called after a validation pass or evaluate. logs: loss and metrics, without "val_"."""
+
+    def on_test_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
+        """Called before a validation batch. logs: empty."""
+
+    def on_test_batch_end(self, batch: int, logs: Logs | None = None) -> None:
+        """Called after a validation batch. logs: loss and metrics as averages since the pass began."""
+
+    def on_predict_begin(self, logs: Logs | None = None) -> None:
+        """Called before predict. logs: empty."""
+
+    def on_predict_end(self, logs: Logs | None = None) -> None:
+        """Called after predict. logs: empty."""
+
+    def on_predict_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
+        """Called before a predict batch. logs: empty."""
+
+    def on_predict_batch_end(self, batch: int, logs: Logs | None = None) -> None:
+        """Called after a predict batch. logs: {"outputs": numpy arrays}."""
+
+    def close(self) -> None:
+        """Called once when the call ends, after an exception too: give files and handles back."""
+
+
+HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
+
+
+class CallbackList:
+    """The callbacks of one call, in the user's order.
+
+    Batch hooks that nobody overrides are never called: has_train_batch_end and its like say so.
+    """
+
+    def __init__(self, callbacks: Iterable[Callback] | Callback | None) -> None:
+        if isinstance(callbacks, Callback):
+            callbacks = [callbacks]
+        self.callbacks = list(callbacks or [])
+        for i, callback in enumerate(self.callbacks):
+            _check_callback(callback, i)
+        self.has_train_batch_begin = self._has("on_train_batch_begin") or self._has("on_batch_begin")
+        self.has_train_batch_end = self._has("on_train_batch_end") or self._has("on_batch_end")
+        self.has_test_batch_begin = self._has("on_test_batch_begin")
+        self.has_test_batch_end = self._has("on_test_batch_end")
+        self.has_predict_batch_begin = self._has("on_predict_batch_begin")
+        self.has_predict_batch_end = self._has("on_predict_batch_end")
+
+    def _has(self, hook: str) -> bool:
+        base = getattr(Callback, hook)
+        return any(getattr(getattr(callback, hook), "__func__", None) is not base for callback in self.callbacks)
+
+    @property
+    def are_all_built_in(self) -> bool:
+        """Whether all are kerastorch's own, which add no keys of their own to the logs."""
+        package = __name__.partition(".")[0]
+        return all(
+            type(callback).__module__.partition(".")[0] == package and type(callback).__name__ != "LambdaCallback"
+            for callback in self.callbacks
+        )
+
+    def begin(self, model: Model, run: Run, params: dict[str, Any]) -> None:
+        """Tell each callback what it works on."""
+        for callback in self.callbacks:
+            callback.run = run
+            callback.set_model(model)
+            callback.set_params(params)
+
+    def on_train_begin(self, logs: Logs) -> None:
+        for callback in self.callbacks:
+            callback.on_train_begin(logs)
+
+    def on_train_end(self, logs: Logs) -> None:
+        for callback in self.callbacks:
+            callback.on_train_end(logs)
+
+    def on_epoch_begin(self, epoch: int, logs: Logs) -> None:
+        for callback in self.callbacks:
+            callback.on_epoch_begin(epoch, logs)
+
+    def on_epoch_end(self, epoch: int, logs: Logs) -> None:
+        for callback in self.callbacks:
+            callback.on_epoch_end(epoch, logs)
+
+    def on_train_batch_begin(self, batch: int, logs: Logs) -> None:
+        for callback in self.callbacks:
+            callback.on_train_batch_begin(batch, logs)
+
+    def on_train_batch_end(self, batch: int, logs: Logs) -> None:
+        for callback in self.callbacks:
+            callback.on_train_batch_end(batch, logs)
+
+    def on_test_begin(self, logs: Logs) -> None:
+        for callback in self.callbacks:
+            callback.on_test_begin(logs)
+
+    def on_test_end(self, logs: Logs) -> None:
+        for callback in self.callbacks:
+            callback.on_test_end(logs)
+
+    def on_test_batch_begin(self, batch: int, logs: Logs) -> None:
+        for callback in self.callbacks:
+            callback.on_test_batch_begin(batch, logs)
+
+    def on_test_batch_end(self, batch: int, logs: Logs) -> None:
+        for callback in self.callbacks:
+            callback.on_test_batch_end(batch, logs)
+
+    def on_predict_begin(self, logs: Logs) -> None:
+        for callback in self.callbacks:
+            callback.on_predict_begin(logs)
+
+    def on_predict_end(self, logs: Logs) -> None:
+        for callback in self.callbacks:
+            callback.on_predict_end(logs)
+
+    def on_predict_batch_begin(self, batch: int, logs: Logs) -> None:
+        for callback in self.callbacks:
+            callback.on_predict_batch_begin(batch, logs)
+
+    def on_predict_batch_end(self, batch: int, logs: Logs) -> None:
+        for callback in self.callbacks:
+            callback.on_predict_batch_end(batch, logs)
+
+    def close(self) -> None:
+        """Close every callback, each one even where an earlier one fails; the first error comes out."""
+        failure: BaseException | None = None
+        for callback in self.callbacks:
+            try:
+                callback.close()
+            except BaseException as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+
+class Monitor:
+    """Follows one value of the logs and tells whether it got better; NaN never is.
+
+    name: the value's key, as "val_loss".   mode: "min", "max" or "auto" (from the metric; the loss is minimised).
+    min_delta: gains must exceed it, in the value's units.   best: the best value so far, None before the first.
+    """
+
+    def __init__(self, name: str, mode: Literal["auto", "min", "max"], min_delta: float = 0.0) -> None:
+        check_choice("mode", mode, ("auto", "min", "max"))
+        self.name, self.mode, self.min_delta = name, mode, abs(min_delta)
+        self.best: float | None = None
+
+    def begin(self, run: Run) -> None:
+        """Settle the direction and forget the best; ValueError where the value can't exist in this run."""
+        self.best = None
+        cannot_exist = run.logs_are_known or (self.name.startswith("val_") and run.val_data is None)
+        if self.name not in run.log_names and cannot_exist:
+            raise self._missing(run.log_names, run)
+        self.higher_is_better = self._direction(run)
+
+    def read(self, logs: Logs, run: Run) -> float | None:
+        """Return the value, or None in an epoch without validation; ValueError where the logs lack it."""
+        if self.name in logs:
+            return float(logs[self.name])
+        if self.name.startswith("val_") and run.val_data is not None and not run.validation_is_due:
+            return None
+        raise self._missing(list(logs), run)
+
+    def is_better(self, value: float, reference: float | None) -> bool:
+        """Whether value beats reference by more than min_delta; anything but NaN beats None."""
+        if math.isnan(value):
+            return False
+        if reference is None:
+            return True
+        return value - self.min_delta > reference if self.higher_is_better else value + self.min_delta < reference
+
+    def _direction(self, run: Run) -> bool:
+        if self.mode != "auto":
+            return self.mode == "max"
+        direction = run.higher_is_better.get(self.name.removeprefix("val_"))
+        if direction is None:
+            raise ValueError(f"monitor={self.name!r}: whether higher is better is not known; pass mode='min' or 'max'.")
+        return direction
+
+    def _missing(self, known: list[str], run: Run) -> ValueError:
+        no_validation = self.name.startswith("val_") and run.val_data is None
+        hint = " fit() got no validation data;" if no_validation else did_you_mean(self.name, known)
+        return ValueError(f"monitor={self.name!r} is not in the logs;{hint} Known: {', '.join(known)}.")
+
+
+def _check_callback(callback: object, i: int) -> None:
+    if isinstance(callback, type) and issubclass(callback, Callback):
+        raise TypeError(f"callbacks[{i}] is the class {callback.__name__}; give an object, {callback.__name__}(...).")
+    if not isinstance(callback, Callback):
+        raise TypeError(f"callbacks[{i}] must be a kerastorch.callbacks.Callback, got {type(callback).__name__}.")
+    for name in dir(type(callback)):
+        if name.startswith("on_") and name not in HOOKS:
+            hint = did_you_mean(name, HOOKS)
+            if hint:
+                raise ValueError(f"callbacks[{i}], {type(callback).__name__}, has {name}(), which nothing calls;{hint}")

@@ -1,0 +1,77 @@
+"""EarlyStopping: ends fit when a value stops getting better."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, Literal
+
+from kerastorch.callbacks.callback import Callback, Logs, Monitor
+from kerastorch.errors import check_positive_int
+
+
+class EarlyStopping(Callback):
+    """Stop when `monitor` has not improved for `patience` epochs.
+
+    monitor: a key of the epoch's logs.   min_delta: a gain must exceed it.   patience: epochs without a gain, from 0.
+    verbose: 1 prints when it stops.   mode: "min", "max" or "auto" (from the metric).
+    baseline: a value to beat; gains short of it do not reset the wait.
+    restore_best_weights: put the best epoch's weights back when fit ends, stopped early or not; the optimizer keeps its
+    last state.   start_from_epoch: epochs to let pass first.
+    Its state begins anew with each fit. NaN is never a gain. Raises ValueError for a monitor that can't exist.
+    Source: arguments and rules of keras.callbacks.EarlyStopping.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        min_delta: float = 0.0,
+        patience: int = 0,
+        verbose: int = 0,
+        mode: Literal["auto", "min", "max"] = "auto",
+        baseline: float | None = None,
+        restore_best_weights: bool = False,
+        start_from_epoch: int = 0,
+    ) -> None:
+        if patience != 0:
+            check_positive_int("patience", patience)
+        self.monitor = monitor
+        self._watched = Monitor(monitor, mode, min_delta)
+        self.patience, self.verbose, self.baseline = patience, verbose, baseline
+        self.restore_best_weights, self.start_from_epoch = restore_best_weights, start_from_epoch
+        self.wait = 0
+        self.best_epoch: int | None = None
+        self.best_weights: dict[str, Any] | None = None
+        self.stopped_epoch: int | None = None
+
+    @property
+    def best(self) -> float | None:
+        """The best value of this fit so far."""
+        return self._watched.best
+
+    def on_train_begin(self, logs: Logs | None = None) -> None:
+        self._watched.begin(self.run)
+        self.wait, self.best_epoch, self.best_weights, self.stopped_epoch = 0, None, None, None
+
+    def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        value = self._watched.read(logs or {}, self.run)
+        if value is None or epoch < self.start_from_epoch:
+            return
+        self.wait += 1
+        if self._watched.is_better(value, self._watched.best):
+            self._watched.best, self.best_epoch = value, epoch
+            if self.restore_best_weights:
+                self.best_weights = copy.deepcopy(self.run.net.state_dict())
+            if self.baseline is None or self._watched.is_better(value, self.baseline):
+                self.wait = 0
+        elif self.wait >= self.patience and epoch > 0:
+            self.stopped_epoch = epoch
+            self.model.stop_training = True
+
+    def on_train_end(self, logs: Logs | None = None) -> None:
+        if self.stopped_epoch is not None and self.verbose:
+            print(f"Epoch {self.stopped_epoch + 1}: early stopping, {self.monitor} did not improve.")
+        if self.best_weights is not None:
+            self.run.net.load_state_dict(self.best_weights)
+            if self.verbose and self.best_epoch is not None:
+                print(f"Weights of epoch {self.best_epoch + 1} restored ({self.monitor}: {self.best:.4f}).")
+            self.best_weights = None

@@ -1,0 +1,154 @@
+"""Where the work runs: choosing a device, and moving nested batches to it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import PackedSequence
+
+Nested = Any  # a tensor, or tuples, lists and dicts of Nested; other leaves (strings, numbers, None) pass through
+
+
+def try_gpu(i: int = 0) -> torch.device:
+    """Return CUDA device i where it exists, else the CPU.
+
+    i: index of the GPU, from 0.   Raises ValueError if i is negative.
+    """
+    if i < 0:
+        raise ValueError(f"try_gpu(i) takes an index from 0, got {i}.")
+    return torch.device("cuda", i) if i < torch.cuda.device_count() else torch.device("cpu")
+
+
+def try_all_gpus() -> list[torch.device]:
+    """Return every CUDA device, or [cpu] where there is none."""
+    return [torch.device("cuda", i) for i in range(torch.cuda.device_count())] or [torch.device("cpu")]
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """Return the torch.device meant; "auto" takes cuda, else mps, else cpu.
+
+    Raises ValueError for a device that is not known or that this machine does not have.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ValueError(
+            f"device {device!r} is not known. Use 'auto', 'cpu', 'cuda', 'cuda:1', 'mps' or a torch.device."
+        ) from None
+    gpus = torch.cuda.device_count()
+    if resolved.type == "cuda" and (resolved.index or 0) >= gpus:
+        raise ValueError(f"device {str(device)!r} is not there: this machine has {gpus} CUDA devices. Try 'auto'.")
+    if resolved.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("device 'mps' is not there on this machine. Try 'auto'.")
+    return resolved
+
+
+def map_nested(function: Callable[[Any], Any], value: Nested) -> Nested:
+    """Return value with function applied to each leaf; tuples, named tuples, lists and dicts keep their form."""
+    if isinstance(value, Mapping):
+        return {key: map_nested(function, item) for key, item in value.items()}
+    if isinstance(value, PackedSequence):  # a tuple by birth, a tensor by nature
+        return function(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_nested(function, item) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_nested(function, item) for item in value)
+    return function(value)
+
+
+def leaves(value: Nested) -> Iterator[Any]:
+    """Yield the leaves of nested tuples, lists and dicts, in order."""
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, (tuple, list)) or isinstance(value, PackedSequence):
+        yield value
+        return
+    for item in value:
+        yield from leaves(item)
+
+
+def move_to_device(value: Nested, device: torch.device) -> Nested:
+    """Return value with each tensor on device; a pinned tensor is copied without waiting for the copy to end."""
+    if isinstance(value, torch.Tensor):
+        return _move_leaf(value, device)
+    if value is None:
+        return None
+    return map_nested(lambda leaf: _move_leaf(leaf, device), value)
+
+
+def _move_leaf(leaf: Any, device: torch.device) -> Any:
+    if not isinstance(leaf, (torch.Tensor, PackedSequence)):
+        return leaf
+    target: Any = leaf  # PackedSequence.to takes a device, whatever its annotation says
+    return target.to(device, non_blocking=device.type == "cuda" and leaf.is_pinned())
+
+
+def num_samples(x: Nested) -> int:
+    """Return the number of samples in a batch: the first dimension of the first tensor in x.
+
+    Raises ValueError where x holds no tensor with a batch dimension.
+    """
+    if isinstance(x, torch.Tensor) and x.dim() > 0:
+        return len(x)
+    for leaf in leaves(x):
+        if isinstance(leaf, PackedSequence):
+            return int(leaf.batch_sizes[0])  # a CPU tensor always: no sync
+        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
+            return len(leaf)
+    raise ValueError(f"a batch's x must hold a tensor with a first, batch dimension; got {describe(x)}.")
+
+
+def describe(value: Nested) -> str:
+    """Return a short text for a value: shapes and dtypes of tensors and arrays, else the type's name."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {describe(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (tuple, list)) and not isinstance(value, PackedSequence):
+        inner = ", ".join(describe(item) for item in value[:4]) + (", ..." if len(value) > 4 else "")
+        return f"({inner})" if isinstance(value, tuple) else f"[{inner}]"
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return f"{type(value).__name__}{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    return type(value).__name__
+
+
+def set_seed(seed: int) -> None:
+    """Seed python's, numpy's and torch's global generators, those of every CUDA and MPS device included.
+
+    seed: an int from 0 to 2**32 - 1 (numpy's range).   Raises TypeError or ValueError otherwise.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"set_seed(seed) takes an int, got {seed!r} ({type(seed).__name__}).")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"set_seed(seed) takes an int from 0 to 2**32 - 1, got {seed}.")
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def preserved_random_state() -> Iterator[None]:
+    """Put python's, numpy's, torch's and CUDA's random states back, at the end, to what they were at the start."""
+    import numpy as np
+
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    mps_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        if cuda_states is not None:
+            torch.cuda.set_rng_state_all(cuda_states)
+        if mps_state is not None:
+            torch.mps.set_rng_state(mps_state)

@@ -1,0 +1,48 @@
+"""The words of an error: "did you mean", lists of what is known, and names turned into objects.
+
+Every table of names in the package (losses, optimizers, schedulers, metrics, loops) is looked up through here.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return " did you mean 'x'?" (or two names) for names close to `name`, or an empty string."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=2, cutoff=0.6)
+    return f" did you mean {' or '.join(repr(by_lower[match]) for match in near)}?" if near else ""
+
+
+def look_up(kind: str, name: str, table: Mapping[str, T]) -> T:
+    """Return table[name]; the case of letters and "-" for "_" do not matter.
+
+    Raises ValueError with the nearest and all known names when there is no such name.
+    """
+    key = name.lower().replace("-", "_").strip()
+    if key in table:
+        return table[key]
+    hint = did_you_mean(key, table)
+    raise ValueError(f"{kind} {name!r} is not known;{hint} Known: {', '.join(sorted(table))}.")
+
+
+def check_choice(argument: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ValueError naming the argument, the value met and the choices, unless value is one of them."""
+    choices = list(choices)
+    if value in choices:
+        return
+    hint = did_you_mean(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
+    raise ValueError(f"{argument}={value!r} is not known;{hint} Use one of: {', '.join(map(repr, choices))}.")
+
+
+def check_positive_int(argument: str, value: object) -> None:
+    """Raise TypeError or ValueError naming the argument and the value met, unless value is an int >= 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{argument} must be an int, got {value!r} ({type(value).__name__}).")
+    if value < 1:
+        raise ValueError(f"{argument} must be at least 1, got {value}.")

@@ -1,0 +1,41 @@
+"""Loop: what a loop backend must have. A loop reads and writes one Run a call; it keeps no training state."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from torch import nn
+from torch.optim import Optimizer
+
+from kerastorch.losses import Loss
+from kerastorch.run import Run
+
+
+class Loop(ABC):
+    """The base of the loop backends: fit, evaluate and predict, each over the Run it is given.
+
+    bind() sets run, net, loss_fn and optimizer on the loop at the start of each call, for methods that take no run.
+    """
+
+    run: Run
+    net: nn.Module
+    loss_fn: Loss
+    optimizer: Optimizer
+
+    def bind(self, run: Run) -> None:
+        """Take up a new call's Run."""
+        self.run, self.net = run, run.net
+        if hasattr(run, "optimizer"):  # predict works before compile()
+            self.loss_fn, self.optimizer = run.loss_fn, run.optimizer
+
+    @abstractmethod
+    def fit(self, run: Run) -> None:
+        """Train over run.epoch_range() and run.train_batches(); validate over run.eval_batches() where it is due."""
+
+    @abstractmethod
+    def evaluate(self, run: Run) -> None:
+        """Record loss and outputs of run.eval_batches(), without training."""
+
+    @abstractmethod
+    def predict(self, run: Run) -> None:
+        """Collect the outputs for run.predict_batches()."""

@@ -1,0 +1,403 @@
+"""Model: Keras's verbs for any nn.Module. Signatures stand here; the training stands in loops/, the work in run.py."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from kerastorch.callbacks import Callback, CallbackList
+from kerastorch.data import BatchSource, make_dataset, make_source, split_dataset, to_tensors, warn_if_shuffled
+from kerastorch.device import Nested, move_to_device, preserved_random_state, resolve_device
+from kerastorch.errors import check_choice, check_positive_int, did_you_mean
+from kerastorch.history import History, LogValue
+from kerastorch.loops import LOOPS, Loop, make_loop
+from kerastorch.losses import LOSSES, LossFunction, loss_scale, make_loss
+from kerastorch.metrics import make_metrics
+from kerastorch.optimizers import (
+    OPTIMIZERS,
+    OptimizerFactory,
+    SchedulerFactory,
+    make_optimizer,
+    make_scheduler,
+    make_spanning_scheduler,
+)
+from kerastorch.progress import Progress, Verbose
+from kerastorch.run import AUTOCAST_DTYPES, Compiled, Run
+
+if TYPE_CHECKING:
+    from kerastorch.metrics import MetricSpec
+
+
+class Model:
+    """Adds compile, fit, evaluate and predict to a module, which stays as it is.
+
+    net: any nn.Module; it is moved to device at once.
+    device: "auto" (cuda, else mps, else cpu), "cpu", "cuda:1", ... or a torch.device.
+    history: the History of all fits so far, joined.
+    Raises TypeError if net is not an nn.Module, ValueError for a device that is not there.
+    """
+
+    def __init__(self, net: nn.Module, device: str | torch.device = "auto") -> None:
+        if isinstance(net, type) and issubclass(net, nn.Module):
+            raise TypeError(f"Model(net) takes an nn.Module object, got the class: write Model({net.__name__}(...)).")
+        if not isinstance(net, nn.Module):
+            raise TypeError(f"Model(net) takes an nn.Module, got {type(net).__name__}.")
+        self.device = resolve_device(device)
+        self.net = net.to(self.device)
+        self.history = History(self)
+        self._compiled: Compiled | None = None
+        self._loop = make_loop("script")
+        self._run: Run | None = None
+
+    def compile(
+        self,
+        loss: str | type[nn.Module] | LossFunction,
+        optimizer: str | type[Optimizer] | OptimizerFactory | Optimizer,
+        metrics: MetricSpec | Iterable[MetricSpec] | Mapping[str, MetricSpec] | None = None,
+        *,
+        lr_scheduler: str | type[LRScheduler] | SchedulerFactory | LRScheduler | None = None,
+        lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
+        param_groups: Mapping[str, Mapping[str, Any]] | None = None,
+        mixed_precision: Literal["bf16", "fp16"] | None = None,
+        gradient_accumulation_steps: int = 1,
+        clip_grad_norm: float | None = None,
+        clip_grad_value: float | None = None,
+        loop: str | type[Loop] | Loop = "script",
+        **unknown: NoReturn,
+    ) -> None:
+        """Settle how to train; a later compile() forgets this one wholly.
+
+        loss: a name, an nn.Module (class or object; moved to the device, its parameters join an optimizer made here) or
+        a callable (outputs, y) -> scalar or values per sample. Classification losses by name expect logits.
+        optimizer: a name (torch's defaults, fused where torch can), a class or factory called with the parameters, or
+        an object.   metrics: a name, torchmetrics object or function (outputs, y) -> tensor, or a list or dict of them.
+        lr_scheduler: an object, class, factory (optimizer -> scheduler) or name ("cosine", "one_cycle",
+        "reduce_on_plateau"), stepped each epoch or, with lr_scheduler_interval="step", each optimizer update.
+        param_groups: {glob on parameter names: optimizer options}, the first match counts.
+        mixed_precision: autocast in "bf16" or "fp16" (with a GradScaler).
+        gradient_accumulation_steps: batches to an optimizer update; exact for short batches and at the epoch's end.
+        clip_grad_norm, clip_grad_value: > 0, in the gradients' units, after accumulation.
+        loop: "script", "function", "class", a Loop class or object.
+        Raises ValueError or TypeError for what is not known or does not fit, naming the nearest known.
+        """
+        _refuse_unknown("compile", unknown, Model.compile)
+        _refuse_swapped(loss, optimizer)
+        check_choice("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step"))
+        check_choice("mixed_precision", mixed_precision, (None, *AUTOCAST_DTYPES))
+        check_positive_int("gradient_accumulation_steps", gradient_accumulation_steps)
+        for argument, value in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
+            if value is not None and not value > 0:
+                raise ValueError(f"{argument} must be above 0, got {value}.")
+        made_loop = make_loop(loop)
+        loss_fn = make_loss(loss, self.device)
+        made_optimizer = make_optimizer(optimizer, self.net, loss_fn, param_groups)
+        if isinstance(made_optimizer, torch.optim.LBFGS) and type(made_loop) in LOOPS.values():
+            raise ValueError(
+                "LBFGS calls the loss several times a step through a closure, which the built-in loops do not give it: "
+                "subclass ClassLoop and call self.optimizer.step(closure) in train_step."
+            )
+        scheduler = make_scheduler(lr_scheduler, made_optimizer)
+        if lr_scheduler_interval == "step" and (scheduler is None or isinstance(scheduler, ReduceLROnPlateau)):
+            given = "no lr_scheduler" if scheduler is None else "ReduceLROnPlateau, which reads an epoch's loss"
+            raise ValueError(f"lr_scheduler_interval='step' beside {given}.")
+        self._compiled = Compiled(
+            loss=loss_fn,
+            optimizer=made_optimizer,
+            scaler=torch.amp.GradScaler(self.device.type, enabled=mixed_precision == "fp16"),
+            metrics=make_metrics(metrics, loss_scale(loss_fn)),
+            lr_scheduler=scheduler,
+            lr_scheduler_interval=lr_scheduler_interval,
+            mixed_precision=mixed_precision,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            clip_grad_norm=clip_grad_norm,
+            clip_grad_value=clip_grad_value,
+        )
+        self._loop = made_loop
+
+    def fit(
+        self,
+        x: Any = None,
+        y: Any = None,
+        *,
+        batch_size: int | None = None,
+        epochs: int = 1,
+        verbose: Verbose = "auto",
+        callbacks: Iterable[Callback] | Callback | None = None,
+        validation_split: float = 0.0,
+        validation_data: Any = None,
+        shuffle: bool = True,
+        initial_epoch: int = 0,
+        steps_per_epoch: int | None = None,
+        validation_steps: int | None = None,
+        validation_batch_size: int | None = None,
+        validation_freq: int | Collection[int] = 1,
+        **unknown: NoReturn,
+    ) -> History:
+        """Train, and return the History of this call; called again it trains on.
+
+        x: a DataLoader, a Dataset, tensors or arrays (y beside them, or x alone as (x, y)), or an iterable of batches.
+        A batch is x, (x, y) or (x, y, sample_weight); x a tensor calls net(x), a tuple net(*x), a dict net(**x).
+        batch_size: for arrays and Datasets; 32, or ceil(rows / steps_per_epoch).
+        epochs: the index at which to end, counted from initial_epoch.
+        verbose: "auto" and 1 a bar (a line an epoch without a terminal), 2 a line an epoch, 0 nothing.
+        validation_split: share of rows, the last ones, that validate (arrays and map-style Datasets).
+        validation_data: as x, or (x, y); wins over validation_split.   validation_freq: every n epochs, or the epochs
+        (from 1) to validate.   shuffle: for arrays and Datasets.
+        steps_per_epoch: batches an epoch; the data goes on between epochs and starts again when used up.
+        validation_steps: batches of each validation, from the beginning.
+        Shuffling and dropout draw from torch's seed as a hand-written loop over the same loader does.
+        Raises RuntimeError before compile(), ValueError or TypeError for arguments and data that don't fit.
+        """
+        _refuse_unknown("fit", unknown, Model.fit)
+        compiled = self._get_compiled("fit")
+        _check_steps(
+            epochs=epochs,
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            validation_batch_size=validation_batch_size,
+        )
+        if not 0 <= initial_epoch < epochs:
+            raise ValueError(f"initial_epoch={initial_epoch} must be from 0 to below epochs={epochs}, the final index.")
+        data = make_dataset(x, y, caller="fit")
+        if not shuffle:
+            warn_if_shuffled(data)
+        val_data: BatchSource | None = None
+        if validation_data is None and validation_split:
+            if not 0 < validation_split < 1:
+                raise ValueError(f"validation_split must be between 0 and 1, got {validation_split}.")
+            data, validation_data = split_dataset(data, validation_split)
+        source = make_source(
+            data, name="fit()'s training data", batch_size=batch_size, shuffle=shuffle, steps=steps_per_epoch
+        )
+        if validation_data is not None:
+            rows = make_dataset(validation_data, caller="fit(validation_data=...)")
+            if validation_batch_size is None and isinstance(rows, torch.utils.data.Dataset):
+                validation_batch_size = batch_size
+            val_data = make_source(rows, name="fit()'s validation_data", batch_size=validation_batch_size)
+        elif (validation_steps, validation_batch_size, validation_freq) != (None, None, 1):
+            raise ValueError("validation_steps, validation_batch_size and validation_freq need validation_data.")
+
+        progress = Progress(verbose)
+        params: dict[str, Any] = {"verbose": verbose, "epochs": epochs, "steps": steps_per_epoch or source.num_batches}
+        history = History(self, params)
+        callback_list = CallbackList(callbacks)
+        run = Run(
+            self.net,
+            self.device,
+            compiled,
+            callbacks=callback_list,
+            progress=progress,
+            train_data=source,
+            val_data=val_data,
+            epochs=epochs,
+            initial_epoch=initial_epoch,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            validation_freq=validation_freq,
+            history=history,
+            logs_are_known=type(self._loop) in LOOPS.values() and callback_list.are_all_built_in,
+        )
+        run.check_readable()
+        run.lr_scheduler = self._scheduler_for(run, compiled)
+        callback_list.begin(self, run, params)
+        try:
+            with self._running(run):
+                self._loop.fit(run)
+        finally:
+            self.history.extend(history)
+        return history
+
+    def evaluate(
+        self,
+        x: Any = None,
+        y: Any = None,
+        *,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        callbacks: Iterable[Callback] | Callback | None = None,
+        verbose: Verbose = "auto",
+        return_dict: bool = True,
+        **unknown: NoReturn,
+    ) -> dict[str, LogValue] | LogValue | list[LogValue]:
+        """Return {"loss": ..., metric: ...} over the data, weighted by samples, in eval mode.
+
+        x, y, batch_size, verbose: as in fit; no shuffling.   steps: batches to read, from the beginning.
+        return_dict=False: a list, loss first, or the loss alone where there are no metrics, as Keras does.
+        Random states and training flags are left as they were.   Raises as fit does.
+        """
+        _refuse_unknown("evaluate", unknown, Model.evaluate)
+        compiled = self._get_compiled("evaluate")
+        run = self._make_reading_run(compiled, "evaluate", x, y, batch_size, steps, callbacks, verbose)
+        with preserved_random_state(), self._running(run):
+            run.progress.begin("Evaluate", steps or run.num_eval_batches)
+            self._loop.evaluate(run)
+            run.progress.end(run.val_logs)
+        if return_dict:
+            return run.val_logs
+        values = list(run.val_logs.values())
+        return values if len(values) > 1 else values[0]
+
+    def predict(
+        self,
+        x: Any = None,
+        *,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        callbacks: Iterable[Callback] | Callback | None = None,
+        verbose: Verbose = "auto",
+        **unknown: NoReturn,
+    ) -> Nested:
+        """Return what forward returns for all rows, in order, in eval mode: numpy arrays, nested as the outputs are.
+
+        Logits stay logits. Targets in the batches are ignored; bfloat16 comes out as float32. Works before compile().
+        x, batch_size, verbose: as in fit; no shuffling.   steps: batches to read, from the beginning.
+        Random states and training flags are left as they were.   Raises as fit does.
+        """
+        _refuse_unknown("predict", unknown, Model.predict)
+        run = self._make_reading_run(self._compiled, "predict", x, None, batch_size, steps, callbacks, verbose)
+        with preserved_random_state(), self._running(run):
+            run.progress.begin("Predict", steps or run.num_eval_batches)
+            self._loop.predict(run)
+            run.progress.end({})
+        return run.predictions()
+
+    def train_on_batch(self, x: Any, y: Any = None) -> dict[str, LogValue]:
+        """Train on one batch, with an optimizer update; return {"loss": ..., metric: ...} of this batch alone.
+
+        A scheduler that steps by update advances, one that steps by epoch does not; no History.   Raises as fit does.
+        """
+        compiled = self._get_compiled("train_on_batch")
+        run = self._make_run(compiled, train_data=_one_batch(x, y, "train_on_batch"))
+        if compiled.lr_scheduler_interval == "step":
+            run.lr_scheduler = self._scheduler_for(run, compiled)
+        with self._running(run):
+            self._loop.fit(run)
+        return run.epoch_logs()
+
+    def test_on_batch(self, x: Any, y: Any = None) -> dict[str, LogValue]:
+        """Return {"loss": ..., metric: ...} of one batch in eval mode.   Raises as fit does."""
+        run = self._make_run(self._get_compiled("test_on_batch"), val_data=_one_batch(x, y, "test_on_batch"))
+        with self._running(run):
+            self._loop.evaluate(run)
+        return run.val_logs
+
+    def predict_on_batch(self, x: Any) -> Nested:
+        """Return the outputs for one batch in eval mode: numpy arrays, nested as the outputs are."""
+        run = self._make_run(self._compiled, val_data=_one_batch(x, None, "predict_on_batch"))
+        with self._running(run):
+            self._loop.predict(run)
+        return run.predictions()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return net(*args, **kwargs), tensors moved to the device; in the mode that the net is in."""
+        return self.net(*move_to_device(args, self.device), **move_to_device(kwargs, self.device))
+
+    def __repr__(self) -> str:
+        compiled = "compiled" if self._compiled is not None else "not compiled"
+        return f"Model({type(self.net).__name__}, device={str(self.device)!r}, {compiled})"
+
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer of compile(), None before it."""
+        return self._compiled.optimizer if self._compiled is not None else None
+
+    @property
+    def stop_training(self) -> bool:
+        """Set it to True, from a callback, to end fit after this batch; validation and on_epoch_end still come."""
+        return self._run is not None and self._run.stop_training
+
+    @stop_training.setter
+    def stop_training(self, value: bool) -> None:
+        if self._run is None:
+            raise RuntimeError("stop_training can be set only while fit() runs, from a callback.")
+        self._run.stop_training = value
+
+    def _get_compiled(self, verb: str) -> Compiled:
+        if self._compiled is None:
+            raise RuntimeError(f'call compile() before {verb}(), for example model.compile("cross_entropy", "adam").')
+        return self._compiled
+
+    def _make_run(self, compiled: Compiled | None, **arguments: Any) -> Run:
+        arguments = {"callbacks": CallbackList(None), "progress": Progress(0), **arguments}
+        return Run(self.net, self.device, compiled, **arguments)
+
+    def _make_reading_run(
+        self,
+        compiled: Compiled | None,
+        verb: str,
+        x: Any,
+        y: Any,
+        batch_size: int | None,
+        steps: int | None,
+        callbacks: Iterable[Callback] | Callback | None,
+        verbose: Verbose,
+    ) -> Run:
+        _check_steps(batch_size=batch_size, steps=steps)
+        source = make_source(make_dataset(x, y, caller=verb), name=f"{verb}()'s data", batch_size=batch_size)
+        callback_list = CallbackList(callbacks)
+        run = self._make_run(
+            compiled, callbacks=callback_list, progress=Progress(verbose), val_data=source, validation_steps=steps
+        )
+        callback_list.begin(self, run, {"verbose": verbose, "epochs": 1, "steps": steps or source.num_batches})
+        return run
+
+    @contextmanager
+    def _running(self, run: Run) -> Iterator[None]:
+        """Lend the loop to run; a call from inside another's callback gives it back to that one."""
+        outer, self._run = self._run, run
+        training = {module: module.training for module in self.net.modules()}
+        self._loop.bind(run)
+        try:
+            yield
+        finally:
+            self._run = outer
+            if outer is not None:
+                self._loop.bind(outer)
+            for module, flag in training.items():
+                module.training = flag
+            run.progress.close()
+            run.callbacks.close()
+
+    def _scheduler_for(self, run: Run, compiled: Compiled) -> LRScheduler | None:
+        if not isinstance(compiled.lr_scheduler, str):
+            return compiled.lr_scheduler
+        total: int | None = run.epochs - run.initial_epoch
+        if compiled.lr_scheduler_interval == "step":
+            batches = run.num_batches
+            windows = batches and math.ceil(batches / compiled.gradient_accumulation_steps)
+            total = windows and windows * cast(int, total)
+        return make_spanning_scheduler(compiled.lr_scheduler, compiled.optimizer, total)
+
+
+def _one_batch(x: Any, y: Any, verb: str) -> BatchSource:
+    batch = (to_tensors(x),) if y is None else (to_tensors(x), to_tensors(y, target=True))
+    return BatchSource([batch], name=f"{verb}()'s batch")
+
+
+def _check_steps(**arguments: int | None) -> None:
+    for argument, value in arguments.items():
+        if value is not None:
+            check_positive_int(argument, value)
+
+
+def _refuse_unknown(verb: str, unknown: Mapping[str, Any], function: Callable[..., Any]) -> None:
+    for name in unknown:
+        code = function.__code__
+        known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+        raise TypeError(f"{verb}() has no argument {name!r};{did_you_mean(name, known)} Known: {', '.join(known)}.")
+
+
+def _refuse_swapped(loss: object, optimizer: object) -> None:
+    is_optimizer = isinstance(loss, Optimizer) or (isinstance(loss, type) and issubclass(loss, Optimizer))
+    if (isinstance(loss, str) and loss.lower() in OPTIMIZERS and loss.lower() not in LOSSES) or is_optimizer:
+        is_loss = isinstance(optimizer, str) and optimizer.lower() in LOSSES
+        line = f"compile({optimizer!r}, {loss!r})" if is_loss and isinstance(loss, str) else "compile(loss, optimizer)"
+        raise ValueError(f"compile() takes the loss first, then the optimizer: write {line}.")
