@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kerastorch.plots import plot_curves
+
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
@@ -57,8 +59,6 @@ class History:
 
         Raises ImportError where matplotlib is not installed (the extra "plot"), ValueError before the first epoch ends.
         """
-        from kerastorch.plots import plot_curves
-
         return plot_curves(self.epoch, self._rows)
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
@@ -32,7 +33,7 @@ class Progress:
         self._title, self._done, self._begun = title, 0, time.monotonic()
         self._next_refresh = self._begun + REFRESH_SECONDS
         if self.shows_bar:
-            self._bar = _tqdm()(total=total, desc=title, unit="batch", mininterval=0, miniters=1, dynamic_ncols=True)
+            self._bar = _tqdm()(total=total, desc=title, unit="batch", mininterval=0, miniters=1, **_size())
 
     def update(self, done: int, read_logs: Callable[[], Mapping[str, Any]]) -> None:
         """Show `done` batches and the logs, unless the last refresh is too near: then nothing is read."""
@@ -78,6 +79,15 @@ def _is_interactive() -> bool:
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return shell is not None and hasattr(shell, "kernel")
+
+
+def _size() -> dict[str, Any]:
+    """Return tqdm's size arguments: the terminal's, as it changes; 80 by 24 for one that has no size (a bare pty)."""
+    try:
+        has_size = 0 not in os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):  # a notebook, or stderr replaced
+        has_size = True
+    return {"dynamic_ncols": True} if has_size else {"ncols": 80, "nrows": 24}
 
 
 def _tqdm() -> Any:
