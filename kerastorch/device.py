@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
+from kerastorch.errors import check_int
+
 Nested = Any  # a tensor, or tuples, lists and dicts of Nested; other leaves (strings, numbers, None) pass through
+OutputKey = str | int  # which of several outputs: a dict's key or a tuple's index
 
 
 def try_gpu(i: int = 0) -> torch.device:
@@ -106,6 +109,23 @@ def num_samples(x: Nested) -> int:
     raise ValueError(f"a batch's x must hold a tensor with a first, batch dimension; got {describe(x)}.")
 
 
+def output_name(key: OutputKey) -> str:
+    """Return what logs call one of several outputs: its key in a dict, "output_0" and so on in a tuple."""
+    return key if isinstance(key, str) else f"output_{key}"
+
+
+def pick_output(value: Nested, key: OutputKey, what: str) -> Nested:
+    """Return the part of outputs or targets that belongs to one output; ValueError naming `what` if there is none."""
+    if isinstance(value, Mapping) and key in value:
+        return value[key]
+    if isinstance(value, (tuple, list)) and isinstance(key, int) and key < len(value):
+        return value[key]
+    if isinstance(value, tuple) and key in getattr(value, "_fields", ()):
+        return getattr(value, str(key))
+    form = f"a tuple with index {key}" if isinstance(key, int) else f"a dict with the key {key!r}"
+    raise ValueError(f"the loss of {output_name(key)!r} needs {what} as {form}, but they are {describe(value)}.")
+
+
 def describe(value: Nested) -> str:
     """Return a short text for a value: shapes and dtypes of tensors and arrays, else the type's name."""
     if isinstance(value, Mapping):
@@ -123,11 +143,12 @@ def set_seed(seed: int) -> None:
 
     seed: an int from 0 to 2**32 - 1 (numpy's range).   Raises TypeError or ValueError otherwise.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"set_seed(seed) takes an int, got {seed!r} ({type(seed).__name__}).")
-    if not 0 <= seed < 2**32:
+    check_int("seed", seed, at_least=0)
+    if seed >= 2**32:
         raise ValueError(f"set_seed(seed) takes an int from 0 to 2**32 - 1, got {seed}.")
     import numpy as np
+
+    seed = int(seed)
 
     random.seed(seed)
     np.random.seed(seed)
@@ -135,16 +156,22 @@ def set_seed(seed: int) -> None:
 
 
 @contextmanager
-def preserved_random_state() -> Iterator[None]:
-    """Put python's, numpy's, torch's and CUDA's random states back, at the end, to what they were at the start."""
+def preserved_random_state(*generators: torch.Generator) -> Iterator[None]:
+    """Put python's, numpy's, torch's and CUDA's random states back, at the end, to what they were at the start.
+
+    generators: others to put back too.
+    """
     import numpy as np
 
     python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     mps_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+    own_states = [generator.get_state() for generator in generators]
     try:
         yield
     finally:
+        for generator, state in zip(generators, own_states, strict=True):
+            generator.set_state(state)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -19,12 +20,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" did you mean {' or '.join(repr(by_lower[match]) for match in near)}?" if near else ""
 
 
+def canonical(name: str) -> str:
+    """Return a name as the tables spell it."""
+    return name.strip().lower().replace("-", "_")
+
+
 def look_up(kind: str, name: str, table: Mapping[str, T]) -> T:
     """Return table[name]; the case of letters and "-" for "_" do not matter.
 
     Raises ValueError with the nearest and all known names when there is no such name.
     """
-    key = name.lower().replace("-", "_").strip()
+    key = canonical(name)
     if key in table:
         return table[key]
     hint = did_you_mean(key, table)
@@ -40,9 +46,9 @@ def check_choice(argument: str, value: object, choices: Iterable[object]) -> Non
     raise ValueError(f"{argument}={value!r} is not known;{hint} Use one of: {', '.join(map(repr, choices))}.")
 
 
-def check_positive_int(argument: str, value: object) -> None:
-    """Raise TypeError or ValueError naming the argument and the value met, unless value is an int >= 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
+def check_int(argument: str, value: object, at_least: int = 1) -> None:
+    """Raise TypeError or ValueError naming the argument and the value met, unless value is an int >= at_least."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{argument} must be an int, got {value!r} ({type(value).__name__}).")
-    if value < 1:
-        raise ValueError(f"{argument} must be at least 1, got {value}.")
+    if int(value) < at_least:
+        raise ValueError(f"{argument} must be at least {at_least}, got {value}.")

@@ -27,9 +27,9 @@ class History:
         self._rows: list[dict[str, LogValue]] = []
 
     def append(self, epoch: int, logs: Mapping[str, LogValue]) -> None:
-        """Add the logs of one finished epoch."""
+        """Add the logs of one finished epoch; numbers, arrays and tensors become floats and lists of floats."""
         self.epoch.append(epoch)
-        self._rows.append(dict(logs))
+        self._rows.append({name: _plain(value) for name, value in logs.items()})
 
     def extend(self, other: History) -> None:
         """Add the epochs of another History, their indices counting on from this one's."""
@@ -64,3 +64,9 @@ class History:
     def __repr__(self) -> str:
         last = ", ".join(f"{k}: {v:.4f}" for k, v in (self._rows or [{}])[-1].items() if isinstance(v, float))
         return f"History({len(self.epoch)} epochs{'; last ' + last if last else ''})"
+
+
+def _plain(value: Any) -> LogValue:
+    if hasattr(value, "tolist"):  # a tensor, array or numpy number
+        value = value.tolist()
+    return float(value) if isinstance(value, int) else value

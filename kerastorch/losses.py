@@ -9,17 +9,18 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kerastorch.device import Nested, describe
+from kerastorch.device import Nested, OutputKey, describe, output_name, pick_output
 from kerastorch.errors import look_up
 
 LossFunction = Callable[[Any, Any], Tensor]
+LossSpec = str | type[nn.Module] | LossFunction
 
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "mse": nn.MSELoss,
@@ -53,9 +54,10 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
 class Loss:
     """A loss as the loops call it: loss_fn(outputs, y, sample_weight) gives the scalar to minimise.
 
-    fn: a callable (outputs, y) -> scalar, or values per sample, whose mean is taken.
-    outputs: what forward returned.   y: the batch's targets.   sample_weight: None or a tensor of shape (N,); the
-    weighted loss is sum(sample_weight * loss_per_sample) / N, as in Keras.
+    fn: a callable (outputs, y) -> scalar, or values per sample, whose mean is taken; or OutputLosses, one an output.
+    outputs: what forward returned.   y: the batch's targets.   sample_weight: None, a tensor of shape (N,), or one
+    shaped as the losses before reduction: sum(sample_weight * losses) / their number is the loss, as in Keras.
+    parts: after a call with OutputLosses, the loss of each output, unweighted, by log name.
     on_first_batch: called once with (outputs, y) before the first loss is taken, to check them.
     Raises ValueError where weights are given to a loss without values per sample.
     """
@@ -63,21 +65,50 @@ class Loss:
     def __init__(self, fn: LossFunction, on_first_batch: Callable[[Nested, Nested], None] | None = None) -> None:
         self.fn = fn
         self.on_first_batch = on_first_batch
+        self.parts: dict[str, Tensor] = {}
+        self._of_outputs = (
+            {key: Loss(part) for key, part in fn.losses.items()} if isinstance(fn, OutputLosses) else None
+        )
 
-    def __call__(self, outputs: Nested, y: Nested, sample_weight: Tensor | None = None) -> Tensor:
+    def __call__(self, outputs: Nested, y: Nested, sample_weight: Nested = None) -> Tensor:
         if self.on_first_batch is not None:
             check, self.on_first_batch = self.on_first_batch, None
             check(outputs, y)
+        if self._of_outputs is not None:
+            return self._sum_of_outputs(outputs, y, sample_weight)
         if sample_weight is None:
             loss = self.fn(outputs, y)
             return loss if loss.dim() == 0 else loss.mean()
         losses = self.per_sample(outputs, y)
-        if losses.dim() == 0 or len(losses) != len(sample_weight):
+        if losses.dim() > 0 and sample_weight.shape == losses.shape[:1]:
+            sample_weight = sample_weight.reshape(-1, *[1] * (losses.dim() - 1))
+        elif losses.dim() == 0 or sample_weight.shape != losses.shape:
             raise ValueError(
-                f"sample_weight has {len(sample_weight)} weights, but the loss {self.name} gives {describe(losses)}: "
-                "weights need one value per sample."
+                f"sample_weight has shape {tuple(sample_weight.shape)}, but the loss {self.name} gives "
+                f"{describe(losses.detach())}: weights need a loss that gives one value per sample."
             )
-        return (losses.flatten(1).mean(1) * sample_weight if losses.dim() > 1 else losses * sample_weight).mean()
+        weighted: Tensor = losses * sample_weight
+        reduction = getattr(self.fn, "reduction", "mean")
+        if reduction == "sum":
+            return weighted.sum()
+        return weighted.sum() / len(weighted) if reduction == "batchmean" else weighted.mean()
+
+    def _sum_of_outputs(self, outputs: Nested, y: Nested, sample_weight: Nested) -> Tensor:
+        fn = cast(OutputLosses, self.fn)
+        total: Any = 0.0
+        for key, loss in cast(dict[OutputKey, Loss], self._of_outputs).items():
+            weight = sample_weight
+            if weight is not None and not isinstance(weight, Tensor):
+                weight = pick_output(weight, key, "sample_weight")
+            part = loss(pick_output(outputs, key, "the outputs"), pick_output(y, key, "the targets"), weight)
+            self.parts[f"{output_name(key)}_loss"] = part.detach()
+            total = total + fn.loss_weights.get(key, 1.0) * part
+        return cast(Tensor, total)
+
+    @property
+    def part_names(self) -> list[str]:
+        """The log names of the losses by output; empty for a single loss."""
+        return [f"{output_name(key)}_loss" for key in self._of_outputs or {}]
 
     @property
     def name(self) -> str:
@@ -97,11 +128,42 @@ class Loss:
         return self.fn
 
 
-def make_loss(loss: str | type[nn.Module] | LossFunction, device: torch.device) -> LossFunction:
+class OutputLosses(nn.Module):
+    """One loss for each of several outputs; a module, so that parameters of the losses are seen and moved.
+
+    losses: {key of the output: loss}; keys are those of a dict of outputs or indices into a tuple of them.
+    loss_weights: {key: factor in the sum}, 1 where missing.
+    """
+
+    def __init__(self, losses: dict[OutputKey, LossFunction], loss_weights: dict[OutputKey, float]) -> None:
+        super().__init__()
+        self.losses, self.loss_weights = losses, loss_weights
+        self.modules_of_losses = nn.ModuleList(loss for loss in losses.values() if isinstance(loss, nn.Module))
+
+
+def make_loss(
+    loss: LossSpec | Sequence[LossSpec] | Mapping[str, LossSpec],
+    device: torch.device,
+    loss_weights: Sequence[float] | Mapping[str, float] | None = None,
+) -> LossFunction:
     """Return the callable (outputs, y) for a name, an nn.Module (class or object; moved to device) or a callable.
 
+    A list or dict of losses, one for each output, gives OutputLosses, their sum weighted by loss_weights.
     Raises ValueError for an unknown name, naming the nearest, and TypeError for anything that can't be called.
     """
+    if isinstance(loss, (Sequence, Mapping)) and not isinstance(loss, str):
+        specs: dict[Any, LossSpec] = dict(loss) if isinstance(loss, Mapping) else dict(enumerate(loss))
+        weights: dict[Any, float] = {}
+        if loss_weights is not None:
+            weights = dict(loss_weights) if isinstance(loss_weights, Mapping) else dict(enumerate(loss_weights))
+        if not specs or any(key not in specs for key in weights) or type(loss_weights) not in (type(None), type(loss)):
+            raise ValueError(
+                f"loss_weights={loss_weights!r} does not fit losses of {list(specs)}: give a factor for each, "
+                f"as a {type(loss).__name__}."
+            )
+        return OutputLosses({key: make_loss(spec, device) for key, spec in specs.items()}, weights)
+    if loss_weights is not None:
+        raise ValueError("loss_weights needs several losses: give loss as a list or a dict, one for each output.")
     made: object = loss
     if isinstance(loss, str):
         made = look_up("loss", loss, LOSSES)()
@@ -127,6 +189,13 @@ def loss_scale(fn: object) -> str:
         if any(isinstance(fn, loss) if isinstance(loss, type) else fn is loss for loss in known):
             return scale
     return "unknown"
+
+
+def ignored_class(fn: object) -> int | None:
+    """Return the class index that this loss leaves out, None where it leaves none out."""
+    if fn in (F.cross_entropy, F.nll_loss):
+        return -100
+    return getattr(fn, "ignore_index", None)
 
 
 _SCALES: dict[str, tuple[object, ...]] = {

@@ -1,20 +1,21 @@
 """Metrics by name, torchmetrics object or function, and the sums of one pass over the data, kept on the device.
 
-A classification metric given by name learns its task and its number of classes from the loss and the first outputs.
-torchmetrics is imported when a metric is asked for. Sisters: losses.py, optimizers.py.
+A metric given by name learns its task and its number of classes from the loss and the first outputs; where that would
+be a guess it says what to pass. torchmetrics is imported when a metric is asked for. Sisters: losses.py, optimizers.py.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from kerastorch.device import Nested, describe, num_samples
-from kerastorch.errors import look_up
+from kerastorch.device import Nested, OutputKey, describe, num_samples, output_name, pick_output
+from kerastorch.errors import canonical, look_up
 
 if TYPE_CHECKING:
     from torchmetrics import Metric, MetricCollection
@@ -23,58 +24,94 @@ if TYPE_CHECKING:
 
 LogValue = float | list[Any]
 
-# name -> (torchmetrics.classification class without its task, arguments, what it needs: "classes" or "scores")
+# Classification: name -> (torchmetrics class without its task, arguments, what it reads: "classes" or "scores").
+# Averages are over the classes ("macro"), where the name does not say otherwise; None: the class takes no average.
+_AVERAGED = {
+    "precision": ("Precision", "classes"),
+    "recall": ("Recall", "classes"),
+    "f1": ("F1Score", "classes"),
+    "f1_score": ("F1Score", "classes"),
+    "specificity": ("Specificity", "classes"),
+    "iou": ("JaccardIndex", "classes"),
+    "jaccard_index": ("JaccardIndex", "classes"),
+    "auroc": ("AUROC", "scores"),
+    "auc": ("AUROC", "scores"),
+    "average_precision": ("AveragePrecision", "scores"),
+}
 CLASSIFICATION: dict[str, tuple[str, dict[str, Any], str]] = {
-    "accuracy": ("Accuracy", {"average": "micro"}, "classes"),
-    "acc": ("Accuracy", {"average": "micro"}, "classes"),
+    "accuracy": ("", {}, "classes"),  # counted here, without a sync
+    "acc": ("", {}, "classes"),
     "balanced_accuracy": ("Accuracy", {"average": "macro"}, "classes"),
-    "precision": ("Precision", {"average": "macro"}, "classes"),
-    "recall": ("Recall", {"average": "macro"}, "classes"),
-    "f1": ("F1Score", {"average": "macro"}, "classes"),
-    "f1_score": ("F1Score", {"average": "macro"}, "classes"),
-    "auroc": ("AUROC", {"average": "macro"}, "scores"),
-    "auc": ("AUROC", {"average": "macro"}, "scores"),
-    "average_precision": ("AveragePrecision", {"average": "macro"}, "scores"),
+    **{f"top_{k}_accuracy": ("Accuracy", {"average": "micro", "top_k": k}, "classes") for k in (2, 3, 5, 10)},
+    **{name: (cls, {"average": "macro"}, reads) for name, (cls, reads) in _AVERAGED.items()},
+    **{
+        f"{name}_{average}": (cls, {"average": average}, reads)
+        for name, (cls, reads) in _AVERAGED.items()
+        for average in ("macro", "micro", "weighted")
+        if reads == "classes" or average != "micro"
+    },
+    "matthews_corrcoef": ("MatthewsCorrCoef", {}, "classes"),
+    "mcc": ("MatthewsCorrCoef", {}, "classes"),
+    "cohen_kappa": ("CohenKappa", {}, "classes"),
+    "confusion_matrix": ("ConfusionMatrix", {}, "classes"),
 }
-# name -> (torchmetrics class, arguments)
+# Regression: name -> (torchmetrics class, arguments)
 REGRESSION: dict[str, tuple[str, dict[str, Any]]] = {
-    "mse": ("MeanSquaredError", {}),
-    "mean_squared_error": ("MeanSquaredError", {}),
-    "rmse": ("MeanSquaredError", {"squared": False}),
-    "root_mean_squared_error": ("MeanSquaredError", {"squared": False}),
-    "mae": ("MeanAbsoluteError", {}),
-    "mean_absolute_error": ("MeanAbsoluteError", {}),
-    "r2": ("R2Score", {}),
-    "r2_score": ("R2Score", {}),
+    **dict.fromkeys(("mse", "mean_squared_error"), ("", {})),  # these three are summed here, in float64
+    **dict.fromkeys(("rmse", "root_mean_squared_error"), ("", {})),
+    **dict.fromkeys(("mae", "mean_absolute_error"), ("", {})),
+    **dict.fromkeys(("mape", "mean_absolute_percentage_error"), ("MeanAbsolutePercentageError", {})),
+    **dict.fromkeys(("r2", "r2_score"), ("R2Score", {})),
+    "explained_variance": ("ExplainedVariance", {}),
+    "cosine_similarity": ("CosineSimilarity", {"reduction": "mean"}),
 }
-_LOWER_IS_BETTER = {name for name in REGRESSION if not name.startswith("r2")}
-METRICS = {**{name: "classification" for name in CLASSIFICATION}, **{name: "regression" for name in REGRESSION}}
+METRICS = {**dict.fromkeys(CLASSIFICATION, "classes"), **dict.fromkeys(REGRESSION, "values"), "perplexity": "scores"}
+_HIGHER_IS_BETTER: dict[str, bool | None] = {
+    **dict.fromkeys(CLASSIFICATION, True),
+    **dict.fromkeys(REGRESSION, False),
+    **dict.fromkeys(("r2", "r2_score", "explained_variance", "cosine_similarity"), True),
+    "perplexity": False,
+    "confusion_matrix": None,
+}
+WEIGHTED = (
+    "acc",
+    "accuracy",
+    "mae",
+    "mean_absolute_error",
+    "mean_squared_error",
+    "mse",
+    "perplexity",
+    "rmse",
+    "root_mean_squared_error",
+)
 
 
 class NamedMetric:
-    """A metric known by name, made when the first outputs and targets tell what task it is."""
+    """A metric known by name, made when the first outputs and targets tell what task it is.
 
-    def __init__(self, name: str, scale: str) -> None:
-        self.name, self.scale = name, scale
-        self.higher_is_better = name not in _LOWER_IS_BETTER
-        self.metric: Metric | None = None
+    scale: what the loss takes outputs for (losses.loss_scale).   ignore_index: targets of this class do not count.
+    """
+
+    def __init__(self, name: str, scale: str, ignore_index: int | None = None) -> None:
+        self.name, self.scale, self.ignore_index = name, scale, ignore_index
+        self.higher_is_better = _HIGHER_IS_BETTER[name]
+        self.metric: Any = None
 
     def clone(self) -> NamedMetric:
-        return NamedMetric(self.name, self.scale)
+        return NamedMetric(self.name, self.scale, self.ignore_index)
 
     def to(self, device: torch.device) -> NamedMetric:
-        if self.metric is not None:
-            self.metric.to(device)
         return self
 
-    def update(self, outputs: Nested, y: Nested) -> None:
+    def update(self, outputs: Nested, y: Nested, sample_weight: Tensor | None = None) -> None:
         if self.metric is None:
             self.infer(outputs, y)
-        assert self.metric is not None
-        self.metric.update(*self.prepare(outputs, y))
+        if isinstance(self.metric, MeanMetric):
+            self.metric.update(outputs, y, sample_weight)
+        else:
+            self.metric.update(*self.prepare(outputs, y))
 
     def compute(self) -> Tensor:
-        assert self.metric is not None
         result: Tensor = self.metric.compute()
         return result
 
@@ -83,37 +120,102 @@ class NamedMetric:
             self.metric.reset()
 
     def infer(self, outputs: Nested, y: Nested) -> None:
-        """Settle task, class count and the torchmetrics object from a batch; ValueError where they can't be told."""
+        """Settle the task, the class count and the sums from a batch; ValueError where they can't be told."""
         if not isinstance(outputs, Tensor) or not isinstance(y, Tensor):
             raise self._ambiguous(outputs, y, "by name it takes one tensor of outputs and one of targets")
+        if self.name in REGRESSION:
+            self._infer_regression(outputs, y)
+        elif self.name == "perplexity":
+            self._infer_perplexity(outputs, y)
+        else:
+            self._infer_classification(outputs, y)
+
+    def _infer_regression(self, outputs: Tensor, y: Tensor) -> None:
+        cls, arguments = REGRESSION[self.name]
+        if outputs.numel() != y.numel():
+            raise self._ambiguous(outputs, y, "outputs and targets differ in size")
+        if not cls:
+            is_absolute = self.name in ("mae", "mean_absolute_error")
+            self.metric = MeanMetric(_absolute_error if is_absolute else _squared_error, root=self.name.startswith("r"))
+            return
+        if self.name == "cosine_similarity" and outputs.dim() != 2:
+            raise self._ambiguous(outputs, y, "it compares rows of a matrix")
         import torchmetrics
 
-        if self.name in REGRESSION:
-            cls, arguments = REGRESSION[self.name]
-            if outputs.numel() != y.numel():
-                raise self._ambiguous(outputs, y, "outputs and targets differ in size")
-            self.prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = _same_shape
-            self.metric = getattr(torchmetrics, cls)(**arguments).to(outputs.device)
-            return
-        cls, arguments, needs = CLASSIFICATION[self.name]
+        dtype = torch.float32 if outputs.device.type == "mps" else torch.float64  # their sums cancel in float32
+
+        def prepare(outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            outputs, y = _same_shape(outputs, y)
+            return outputs.to(dtype), y.to(dtype)
+
+        self.prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = prepare
+        self.metric = getattr(torchmetrics, cls)(**arguments).set_dtype(dtype).to(outputs.device)
+
+    def _infer_perplexity(self, outputs: Tensor, y: Tensor) -> None:
+        if (
+            self.scale not in ("class_logits", "log_probabilities")
+            or self._task(outputs, y) != "Multiclass"
+            or y.shape == outputs.shape
+        ):
+            raise self._ambiguous(outputs, y, "it needs logits (N, C, ...) and class indices (N, ...)")
+        ignored = -100 if self.ignore_index is None else self.ignore_index
+
+        def values(outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            log_probabilities = outputs.float().log_softmax(1)  # of log-probabilities: themselves
+            losses = torch.nn.functional.nll_loss(log_probabilities, y, ignore_index=ignored, reduction="none")
+            return losses, y != ignored
+
+        self.metric = MeanMetric(values, exponential=True)
+
+    def _infer_classification(self, outputs: Tensor, y: Tensor) -> None:
+        cls, arguments, reads = CLASSIFICATION[self.name]
         task = self._task(outputs, y)
-        if needs == "scores" and self.scale in ("unknown", "values"):
+        if reads == "scores" and self.scale == "unknown":
             raise self._ambiguous(outputs, y, "the loss does not tell whether outputs are logits or probabilities")
-        arguments = dict(arguments, validate_args=False)  # its checks read values back from the device at every update
         scores: Callable[[Tensor], Tensor] = _SCORES.get(self.scale, _identity)
-        if task == "Binary":
-            del arguments["average"]
-            self.prepare = lambda outputs, y: (scores(outputs.flatten().float()), y.flatten().long())
+        is_one_hot = task == "Multiclass" and y.dim() == outputs.dim()
+        if not cls:
+            threshold = 0.0 if self.scale == "label_logits" else 0.5
+            ignored = self.ignore_index
+
+            def right(outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+                if task != "Multiclass":
+                    return (outputs.reshape(y.shape) > threshold) == (y > 0.5), None
+                y = y.argmax(1) if is_one_hot else y
+                return outputs.argmax(1) == y, None if ignored is None else y != ignored
+
+            self.metric = MeanMetric(right)
+            return
+        if "top_k" in arguments and (task != "Multiclass" or arguments["top_k"] > outputs.shape[1]):
+            raise self._ambiguous(outputs, y, f"it needs more than {arguments['top_k']} classes")
+        if task == "Multiclass" and outputs.shape[1] == 2 and self.name in _AVERAGED and reads == "classes":
+            raise self._ambiguous(
+                outputs,
+                y,
+                f"of two classes it could be class 1's or the mean of both, which is {self.name + '_macro'!r}",
+            )
+        import torchmetrics
+
+        arguments = {**arguments, "validate_args": False}  # its checks read values back from the device at every update
+        if task == "Binary" and reads == "classes" and "average" in arguments and self.name not in _AVERAGED:
+            task = "Multiclass"  # an average that the name asks for is over both classes
+            arguments["num_classes"] = 2
+            self.prepare = lambda outputs, y: ((scores(outputs.flatten()) > 0.5).long(), (y.flatten() > 0.5).long())
+        elif task == "Binary":
+            arguments.pop("average", None)
+            self.prepare = lambda outputs, y: (scores(outputs.flatten().float()), (y.flatten() > 0.5).long())
         elif task == "Multilabel":
             arguments["num_labels"] = outputs.shape[1]
-            self.prepare = lambda outputs, y: (scores(outputs.float()), y.long())
+            self.prepare = lambda outputs, y: (scores(outputs.float()), (y > 0.5).long())
         else:
-            arguments["num_classes"] = outputs.shape[1]
-            if needs == "classes":
+            arguments |= {"num_classes": outputs.shape[1], "ignore_index": self.ignore_index}
+            if reads == "classes":
                 scores = _identity  # the largest logit is the largest probability
-            one_hot = y.dim() == outputs.dim()
-            self.prepare = lambda outputs, y: (scores(outputs.float()), y.argmax(1) if one_hot else y)
-        self.metric = getattr(torchmetrics.classification, task + cls)(**arguments).to(outputs.device)
+            self.prepare = lambda outputs, y: (scores(outputs.float()), y.argmax(1) if is_one_hot else y)
+        made = getattr(torchmetrics.classification, task + cls, None)
+        if made is None:
+            raise self._ambiguous(outputs, y, f"it is not defined for a {task.lower()} task")
+        self.metric = made(**arguments).to(outputs.device)
 
     def _task(self, outputs: Tensor, y: Tensor) -> str:
         wide = outputs.dim() > 1 and outputs.shape[1] > 1
@@ -138,45 +240,100 @@ class NamedMetric:
         )
 
 
-class FunctionMetric:
-    """The mean over samples of a function (outputs, y) -> a scalar, or one value per sample."""
+class MeanMetric:
+    """The mean over samples, weighted where weights are given, of values(outputs, y); sums stay on the device.
+
+    values: gives a scalar for the batch, values per sample or element, or (values, which of them count).
+    root, exponential: take the square root, or exp, of the mean.
+    """
 
     higher_is_better: bool | None = None
 
-    def __init__(self, function: Callable[[Any, Any], Tensor]) -> None:
-        self.function = function
+    def __init__(self, values: Callable[[Any, Any], Any], *, root: bool = False, exponential: bool = False) -> None:
+        self.values, self.root, self.exponential = values, root, exponential
         self.sum: Tensor | float = 0.0
-        self.count = 0
+        self.count: Tensor | float = 0.0
 
-    def clone(self) -> FunctionMetric:
-        return FunctionMetric(self.function)
+    def clone(self) -> MeanMetric:
+        return MeanMetric(self.values, root=self.root, exponential=self.exponential)
 
-    def to(self, device: torch.device) -> FunctionMetric:
+    def to(self, device: torch.device) -> MeanMetric:
         return self
 
-    def update(self, outputs: Nested, y: Nested) -> None:
-        value = torch.as_tensor(self.function(outputs, y)).detach()
-        count = len(value) if value.dim() else num_samples(outputs)
-        self.sum = self.sum + value.float().mean() * count
-        self.count += count
+    def update(self, outputs: Nested, y: Nested, sample_weight: Tensor | None = None) -> None:
+        values = self.values(outputs, y)
+        values, counts = values if isinstance(values, tuple) else (values, None)
+        values = torch.as_tensor(values).detach()
+        dtype = torch.float32 if values.device.type == "mps" else torch.float64
+        if sample_weight is not None:
+            if values.dim() == 0:
+                raise ValueError("weighted_metrics needs functions that give one value per sample, not a mean.")
+            weight = sample_weight.reshape(-1, *[1] * (values.dim() - 1)).expand_as(values)
+            counts = weight if counts is None else weight * counts
+        if values.dim() == 0:
+            samples = num_samples(outputs)
+            self.sum, self.count = self.sum + values.to(dtype) * samples, self.count + samples
+        elif counts is None:
+            self.sum, self.count = self.sum + values.sum(dtype=dtype), self.count + values.numel()
+        else:
+            self.sum = self.sum + (values.to(dtype) * counts).sum()
+            self.count = self.count + counts.sum(dtype=dtype)
 
     def compute(self) -> Tensor:
-        return torch.as_tensor(self.sum / self.count)
+        mean = torch.as_tensor(self.sum / self.count)
+        if self.root:
+            return mean.sqrt()
+        return mean.exp() if self.exponential else mean
 
     def reset(self) -> None:
-        self.sum, self.count = 0.0, 0
+        self.sum, self.count = 0.0, 0.0
 
 
-AnyMetric = Any  # NamedMetric, FunctionMetric, a torchmetrics Metric or MetricCollection: clone, to, update, ...
+class OutputMetric:
+    """A metric of one of several outputs."""
+
+    def __init__(self, metric: AnyMetric, key: OutputKey) -> None:
+        self.metric, self.key = metric, key
+        self.higher_is_better = metric.higher_is_better
+
+    def clone(self) -> OutputMetric:
+        return OutputMetric(self.metric.clone(), self.key)
+
+    def to(self, device: torch.device) -> OutputMetric:
+        self.metric.to(device)
+        return self
+
+    def update(self, outputs: Nested, y: Nested, sample_weight: Nested = None) -> None:
+        parts = pick_output(outputs, self.key, "the outputs"), pick_output(y, self.key, "the targets")
+        if sample_weight is None:
+            self.metric.update(*parts)
+            return
+        if not isinstance(sample_weight, Tensor):
+            sample_weight = pick_output(sample_weight, self.key, "sample_weight")
+        self.metric.update(*parts, sample_weight)
+
+    def compute(self) -> Any:
+        return self.metric.compute()
+
+    def reset(self) -> None:
+        self.metric.reset()
+
+
+AnyMetric = Any  # one of the classes above, a torchmetrics Metric or a MetricCollection: clone, to, update, ...
 
 
 def make_metrics(
-    metrics: MetricSpec | Iterable[MetricSpec] | Mapping[str, MetricSpec] | None, scale: str
+    metrics: MetricSpec | Iterable[MetricSpec] | Mapping[str, MetricSpec] | None,
+    scale: str,
+    ignore_index: int | None = None,
+    *,
+    weighted: bool = False,
 ) -> dict[str, AnyMetric]:
     """Return {log name: metric} for a name, a torchmetrics object, a function, or a list or dict of these.
 
     Names are logged as given, objects and functions by their own name in snake case, dict entries by their key.
-    scale (see losses.loss_scale) tells metrics by name what the outputs are.
+    scale, ignore_index: those of the loss (losses.loss_scale); metrics by name read them.
+    weighted: whether they will be given sample weights, which only the names in WEIGHTED and functions can take.
     Raises ValueError for an unknown name (naming the nearest) or for two of one name, TypeError for anything else.
     """
     if metrics is None:
@@ -189,27 +346,66 @@ def make_metrics(
         pairs = [(_name_of(spec), spec) for spec in metrics]
     made: dict[str, AnyMetric] = {}
     for name, spec in pairs:
-        if name in made or name == "loss":
-            raise ValueError(f"metrics has {name!r} twice (the loss is always there): give a dict of other names.")
-        made[name] = _make_metric(spec, scale)
+        metric = _make_metric(spec, scale, ignore_index, weighted)
+        taken = known_logs(made)
+        for key in [*metric.keys()] if _is_collection(metric) else [name]:
+            if key in taken:
+                raise ValueError(f"metrics has {key!r} twice (the loss is always there): give a dict of other names.")
+        made[name] = metric
     return made
 
 
-def _make_metric(spec: MetricSpec, scale: str) -> AnyMetric:
+def make_output_metrics(
+    metrics: Mapping[str, Any] | Sequence[Any] | None,
+    scales: Mapping[Any, tuple[str, int | None]],
+    *,
+    weighted: bool = False,
+) -> dict[str, AnyMetric]:
+    """Return {"<output>_<name>": metric} for metrics given by output: a dict by key or a list in the outputs' order.
+
+    scales: {output: (scale, ignore_index)} of the losses.   Raises ValueError where keys or lengths do not fit.
+    """
+    if metrics is None:
+        return {}
+    is_mapping = isinstance(metrics, Mapping)
+    is_list = isinstance(metrics, (list, tuple)) and len(metrics) == len(scales)
+    by_output: dict[Any, Any] = dict(metrics) if isinstance(metrics, Mapping) else dict(enumerate(metrics))
+    if not (is_mapping or is_list) or any(key not in scales for key in by_output):
+        raise ValueError(
+            f"metrics={metrics!r} does not fit the losses of {list(scales)}: give metrics for each output, as "
+            f"{{{next(iter(scales))!r}: ['accuracy']}} or as a list of {len(scales)} lists."
+        )
+    made: dict[str, AnyMetric] = {}
+    for key, spec in by_output.items():
+        for name, metric in make_metrics(spec, *scales[key], weighted=weighted).items():
+            parts = metric.items() if _is_collection(metric) else [(name, metric)]
+            made |= {f"{output_name(key)}_{part_name}": OutputMetric(part, key) for part_name, part in parts}
+    return made
+
+
+def _make_metric(spec: MetricSpec, scale: str, ignore_index: int | None, weighted: bool) -> AnyMetric:
     if isinstance(spec, str):
         look_up("metric", spec, METRICS)
     import torchmetrics  # seconds, the first time: here, in compile, not in the first step
 
     if isinstance(spec, str):
-        return NamedMetric(spec.lower().replace("-", "_"), scale)
+        name = canonical(spec)
+        if weighted and name not in WEIGHTED:
+            raise ValueError(f"weighted_metrics can't weigh {spec!r}; it takes {', '.join(WEIGHTED)} and functions.")
+        return NamedMetric(name, scale, ignore_index)
     if isinstance(spec, (torchmetrics.Metric, torchmetrics.MetricCollection)):
+        if weighted:
+            raise ValueError(
+                f"weighted_metrics can't give sample weights to {type(spec).__name__}; it takes {', '.join(WEIGHTED)} "
+                "and functions (outputs, y) -> one value per sample."
+            )
         return spec.clone()
     if isinstance(spec, type) or not callable(spec):
         example = f": give an object, {spec.__name__}(...)" if isinstance(spec, type) else ""
         raise TypeError(
             f"a metric must be a name, a torchmetrics object or a function (outputs, y), got {spec}{example}."
         )
-    return FunctionMetric(spec)
+    return MeanMetric(spec)
 
 
 def _name_of(spec: object) -> str:
@@ -223,70 +419,119 @@ def known_logs(metrics: Mapping[str, AnyMetric]) -> dict[str, bool | None]:
     """Return {log name: whether higher is better, None where that is not known} for the loss and these metrics."""
     known: dict[str, bool | None] = {"loss": False}
     for name, metric in metrics.items():
-        if hasattr(metric, "keys"):  # a MetricCollection
+        if _is_collection(metric):
             known |= {key: part.higher_is_better for key, part in metric.items()}
         else:
             known[name] = metric.higher_is_better
     return known
 
 
-class PassSums:
-    """The sample-weighted loss and the metrics of one pass over the data; sums stay on the device until read."""
+def may_name_results(metric: AnyMetric) -> bool:
+    """Whether compute() may give a dict, whose keys are not known before; torchmetrics says so by annotation."""
+    while isinstance(metric, OutputMetric):
+        metric = metric.metric
+    if isinstance(metric, (NamedMetric, MeanMetric)) or _is_collection(metric):
+        return False
+    return inspect.signature(type(metric).compute).return_annotation not in (Tensor, "Tensor")
 
-    def __init__(self, metrics: Mapping[str, AnyMetric], device: torch.device) -> None:
+
+class PassSums:
+    """The sample-weighted loss and the metrics of one pass over the data; sums stay on the device until read.
+
+    metrics: see make_metrics; cloned.   weighted_metrics: likewise, given the sample weights too.
+    """
+
+    def __init__(
+        self,
+        metrics: Mapping[str, AnyMetric],
+        device: torch.device,
+        weighted_metrics: Mapping[str, AnyMetric] | None = None,
+    ) -> None:
         self.metrics = {name: metric.clone().to(device) for name, metric in metrics.items()}
+        self.weighted_metrics = {name: metric.clone().to(device) for name, metric in (weighted_metrics or {}).items()}
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._loss_sum = torch.zeros((), dtype=dtype, device=device)
+        self._part_sums: dict[str, Tensor] = {}
         self._num_samples = 0
+
+    @property
+    def all_metrics(self) -> dict[str, AnyMetric]:
+        """Plain and weighted metrics by log name."""
+        return {**self.metrics, **self.weighted_metrics}
 
     def reset(self) -> None:
         """Start a new pass."""
         self._loss_sum.zero_()
+        self._part_sums = {}
         self._num_samples = 0
-        for metric in self.metrics.values():
+        for metric in self.all_metrics.values():
             metric.reset()
 
     def infer(self, outputs: Nested, y: Nested) -> None:
         """Settle the metrics given by name from a first batch; ValueError where that would be a guess."""
-        for metric in self.metrics.values():
+        for metric in self.all_metrics.values():
+            part = (outputs, y)
+            if isinstance(metric, OutputMetric):
+                part = (pick_output(outputs, metric.key, "the outputs"), pick_output(y, metric.key, "the targets"))
+                metric = metric.metric
             if isinstance(metric, NamedMetric) and metric.metric is None:
-                metric.infer(outputs, y)
+                metric.infer(*part)
 
-    def update(self, loss: Tensor, outputs: Nested, y: Nested, num_samples: int) -> None:
-        """Add a batch. No sync: loss and outputs (detached) are on the device and stay there."""
+    def update(
+        self,
+        loss: Tensor,
+        outputs: Nested,
+        y: Nested,
+        num_samples: int,
+        sample_weight: Nested = None,
+        parts: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add a batch. No sync: loss, outputs and parts (detached; the losses by output) stay on the device."""
         self._loss_sum.add_(loss, alpha=num_samples)
         self._num_samples += num_samples
+        for name, part in (parts or {}).items():
+            self._part_sums.setdefault(name, torch.zeros_like(self._loss_sum)).add_(part, alpha=num_samples)
         for metric in self.metrics.values():
             metric.update(outputs, y)
+        for metric in self.weighted_metrics.values():
+            metric.update(outputs, y, sample_weight)
 
     def compute(self) -> dict[str, LogValue]:
-        """Return {"loss": ..., metric: ...} as python numbers (a sync); empty where nothing was added."""
-        if self._num_samples == 0:
-            return {}
-        logs: dict[str, LogValue] = {"loss": self._loss_sum.item() / self._num_samples}
-        for name, metric in self.metrics.items():
-            value = metric.compute()
-            for key, part in value.items() if isinstance(value, Mapping) else [(name, value)]:
-                logs[key] = _to_number(part)
-        return logs
+        """Return {"loss": ..., metric: ...} as python numbers (a sync); empty where nothing was added.
+
+        The losses by output come last.
+        """
+        return self._read(self.all_metrics)
 
     def running(self) -> dict[str, LogValue]:
         """Return the loss and the metrics that are cheap to read in mid-pass (a sync); the bar shows them."""
+        return self._read({name: metric for name, metric in self.all_metrics.items() if _is_cheap(metric)})
+
+    def _read(self, metrics: Mapping[str, AnyMetric]) -> dict[str, LogValue]:
         if self._num_samples == 0:
             return {}
         logs: dict[str, LogValue] = {"loss": self._loss_sum.item() / self._num_samples}
-        for name, metric in self.metrics.items():
-            if _has_sum_state(metric):
-                logs[name] = _to_number(metric.compute())
-        return logs
+        for name, metric in metrics.items():
+            value = metric.compute()
+            for key, part in value.items() if isinstance(value, Mapping) else [(name, value)]:
+                logs[key] = _to_number(part)
+        return logs | {name: part.item() / self._num_samples for name, part in self._part_sums.items()}
 
 
-def _has_sum_state(metric: AnyMetric) -> bool:
-    inner = metric.metric if isinstance(metric, NamedMetric) else metric
-    state = getattr(inner, "metric_state", None)
-    return isinstance(metric, FunctionMetric) or (
-        isinstance(state, Mapping) and not any(isinstance(part, list) for part in state.values())
-    )
+def _is_collection(metric: AnyMetric) -> bool:
+    return hasattr(metric, "keys")  # a torchmetrics.MetricCollection, without importing it
+
+
+def _is_cheap(metric: AnyMetric) -> bool:
+    while isinstance(metric, (NamedMetric, OutputMetric)):
+        metric = metric.metric
+    if isinstance(metric, MeanMetric):
+        return True
+    if _is_collection(metric):
+        return all(map(_is_cheap, metric.values()))
+    state = getattr(metric, "metric_state", None)
+    is_list = not isinstance(state, Mapping) or any(isinstance(part, list) for part in state.values())
+    return not is_list and type(metric).__name__ != "R2Score"  # which fails on a single sample
 
 
 def _to_number(value: object) -> LogValue:
@@ -295,9 +540,17 @@ def _to_number(value: object) -> LogValue:
 
 
 def _same_shape(outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    if outputs.shape == y.shape:
-        return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs, y
-    return outputs.flatten(), y.flatten()  # (N, 1) beside (N,)
+    return (outputs, y) if outputs.shape == y.shape else (outputs.flatten(), y.flatten())  # (N, 1) beside (N,)
+
+
+def _squared_error(outputs: Tensor, y: Tensor) -> Tensor:
+    outputs, y = _same_shape(outputs, y)
+    return (outputs - y).square()
+
+
+def _absolute_error(outputs: Tensor, y: Tensor) -> Tensor:
+    outputs, y = _same_shape(outputs, y)
+    return (outputs - y).abs()
 
 
 def _softmax(outputs: Tensor) -> Tensor:

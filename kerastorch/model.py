@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
 
 import torch
@@ -13,13 +13,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from kerastorch.callbacks import Callback, CallbackList
-from kerastorch.data import BatchSource, make_dataset, make_source, split_dataset, to_tensors, warn_if_shuffled
+from kerastorch.check import Report, check_model
+from kerastorch.data import (
+    BatchSource,
+    make_dataset,
+    make_source,
+    needs_unpack,
+    split_dataset,
+    to_tensors,
+    warn_if_shuffled,
+)
 from kerastorch.device import Nested, move_to_device, preserved_random_state, resolve_device
-from kerastorch.errors import check_choice, check_positive_int, did_you_mean
+from kerastorch.errors import check_choice, check_int, did_you_mean
 from kerastorch.history import History, LogValue
-from kerastorch.loops import LOOPS, Loop, make_loop
-from kerastorch.losses import LOSSES, LossFunction, loss_scale, make_loss
-from kerastorch.metrics import make_metrics
+from kerastorch.loops import Loop, is_own_loop, make_loop
+from kerastorch.losses import LOSSES, LossFunction, LossSpec, OutputLosses, ignored_class, loss_scale, make_loss
+from kerastorch.metrics import AnyMetric, make_metrics, make_output_metrics
 from kerastorch.optimizers import (
     OPTIMIZERS,
     OptimizerFactory,
@@ -58,10 +67,12 @@ class Model:
 
     def compile(
         self,
-        loss: str | type[nn.Module] | LossFunction,
+        loss: LossSpec | Sequence[LossSpec] | Mapping[str, LossSpec],
         optimizer: str | type[Optimizer] | OptimizerFactory | Optimizer,
-        metrics: MetricSpec | Iterable[MetricSpec] | Mapping[str, MetricSpec] | None = None,
+        metrics: MetricSpec | Iterable[Any] | Mapping[str, Any] | None = None,
         *,
+        loss_weights: Sequence[float] | Mapping[str, float] | None = None,
+        weighted_metrics: MetricSpec | Iterable[Any] | Mapping[str, Any] | None = None,
         lr_scheduler: str | type[LRScheduler] | SchedulerFactory | LRScheduler | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
         param_groups: Mapping[str, Mapping[str, Any]] | None = None,
@@ -69,36 +80,42 @@ class Model:
         gradient_accumulation_steps: int = 1,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
+        unpack: Callable[[Any], Any] | None = None,
         loop: str | type[Loop] | Loop = "script",
         **unknown: NoReturn,
     ) -> None:
         """Settle how to train; a later compile() forgets this one wholly.
 
         loss: a name, an nn.Module (class or object; moved to the device, its parameters join an optimizer made here) or
-        a callable (outputs, y) -> scalar or values per sample. Classification losses by name expect logits.
+        a callable (outputs, y) -> scalar or values per sample. Classification losses by name expect logits. A list or
+        dict of losses, one for each output, is summed, times loss_weights, and logged as "<output>_loss".
         optimizer: a name (torch's defaults, fused where torch can), a class or factory called with the parameters, or
-        an object.   metrics: a name, torchmetrics object or function (outputs, y) -> tensor, or a list or dict of them.
+        an object.   metrics: a name, torchmetrics object or function (outputs, y) -> tensor, or a list or dict of them;
+        with several losses a dict by output or a list of lists, logged as "<output>_<metric>".
+        weighted_metrics: as metrics, averaged with the sample weights.
         lr_scheduler: an object, class, factory (optimizer -> scheduler) or name ("cosine", "one_cycle",
         "reduce_on_plateau"), stepped each epoch or, with lr_scheduler_interval="step", each optimizer update.
         param_groups: {glob on parameter names: optimizer options}, the first match counts.
         mixed_precision: autocast in "bf16" or "fp16" (with a GradScaler).
         gradient_accumulation_steps: batches to an optimizer update; exact for short batches and at the epoch's end.
         clip_grad_norm, clip_grad_value: > 0, in the gradients' units, after accumulation.
+        unpack: batch -> x, (x, y) or (x, y, sample_weight), for loaders and Datasets whose batches have another form.
         loop: "script", "function", "class", a Loop class or object.
         Raises ValueError or TypeError for what is not known or does not fit, naming the nearest known.
         """
         _refuse_unknown("compile", unknown, Model.compile)
         _refuse_swapped(loss, optimizer)
+        self._put_learning_rates_back()
         check_choice("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step"))
         check_choice("mixed_precision", mixed_precision, (None, *AUTOCAST_DTYPES))
-        check_positive_int("gradient_accumulation_steps", gradient_accumulation_steps)
+        check_int("gradient_accumulation_steps", gradient_accumulation_steps)
         for argument, value in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
             if value is not None and not value > 0:
                 raise ValueError(f"{argument} must be above 0, got {value}.")
         made_loop = make_loop(loop)
-        loss_fn = make_loss(loss, self.device)
+        loss_fn = make_loss(loss, self.device, loss_weights)
         made_optimizer = make_optimizer(optimizer, self.net, loss_fn, param_groups)
-        if isinstance(made_optimizer, torch.optim.LBFGS) and type(made_loop) in LOOPS.values():
+        if isinstance(made_optimizer, torch.optim.LBFGS) and not is_own_loop(made_loop):
             raise ValueError(
                 "LBFGS calls the loss several times a step through a closure, which the built-in loops do not give it: "
                 "subclass ClassLoop and call self.optimizer.step(closure) in train_step."
@@ -107,17 +124,23 @@ class Model:
         if lr_scheduler_interval == "step" and (scheduler is None or isinstance(scheduler, ReduceLROnPlateau)):
             given = "no lr_scheduler" if scheduler is None else "ReduceLROnPlateau, which reads an epoch's loss"
             raise ValueError(f"lr_scheduler_interval='step' beside {given}.")
+        made_metrics = _make_metrics(metrics, loss_fn)
+        made_weighted = _make_metrics(weighted_metrics, loss_fn, weighted=True)
+        made_weighted = {f"weighted_{k}" if k in made_metrics else k: v for k, v in made_weighted.items()}
         self._compiled = Compiled(
             loss=loss_fn,
             optimizer=made_optimizer,
             scaler=torch.amp.GradScaler(self.device.type, enabled=mixed_precision == "fp16"),
-            metrics=make_metrics(metrics, loss_scale(loss_fn)),
+            metrics=made_metrics,
+            weighted_metrics=made_weighted,
             lr_scheduler=scheduler,
+            learning_rates=[group["lr"] for group in made_optimizer.param_groups],
             lr_scheduler_interval=lr_scheduler_interval,
             mixed_precision=mixed_precision,
             gradient_accumulation_steps=gradient_accumulation_steps,
             clip_grad_norm=clip_grad_norm,
             clip_grad_value=clip_grad_value,
+            unpack=unpack,
         )
         self._loop = made_loop
 
@@ -133,6 +156,8 @@ class Model:
         validation_split: float = 0.0,
         validation_data: Any = None,
         shuffle: bool = True,
+        class_weight: Mapping[int, float] | None = None,
+        sample_weight: Any = None,
         initial_epoch: int = 0,
         steps_per_epoch: int | None = None,
         validation_steps: int | None = None,
@@ -147,9 +172,11 @@ class Model:
         batch_size: for arrays and Datasets; 32, or ceil(rows / steps_per_epoch).
         epochs: the index at which to end, counted from initial_epoch.
         verbose: "auto" and 1 a bar (a line an epoch without a terminal), 2 a line an epoch, 0 nothing.
-        validation_split: share of rows, the last ones, that validate (arrays and map-style Datasets).
-        validation_data: as x, or (x, y); wins over validation_split.   validation_freq: every n epochs, or the epochs
-        (from 1) to validate.   shuffle: for arrays and Datasets.
+        validation_split: share of rows, the last ones, that validate (arrays, map-style Datasets, plain loaders).
+        validation_data: as x, (x, y) or (x, y, sample_weight); wins over validation_split.
+        validation_freq: every n epochs, or the epochs (from 1) to validate.   shuffle: for arrays and Datasets.
+        class_weight: {class index: weight}, 1 where missing, in training; multiplies sample_weight.
+        sample_weight: (N,), one for each row of arrays, of a Dataset or of a plain loader's; also a batch's third item.
         steps_per_epoch: batches an epoch; the data goes on between epochs and starts again when used up.
         validation_steps: batches of each validation, from the beginning.
         Shuffling and dropout draw from torch's seed as a hand-written loop over the same loader does.
@@ -164,30 +191,41 @@ class Model:
             validation_steps=validation_steps,
             validation_batch_size=validation_batch_size,
         )
-        if not 0 <= initial_epoch < epochs:
-            raise ValueError(f"initial_epoch={initial_epoch} must be from 0 to below epochs={epochs}, the final index.")
-        data = make_dataset(x, y, caller="fit")
+        check_int("initial_epoch", initial_epoch, at_least=0)
+        if initial_epoch >= epochs:
+            raise ValueError(f"initial_epoch={initial_epoch} must be below epochs={epochs}, the final index.")
+        for freq in validation_freq if isinstance(validation_freq, Collection) else [validation_freq]:
+            check_int("validation_freq", freq)
+        check_choice("shuffle", shuffle, (True, False))
+        data = make_dataset(x, y, sample_weight, caller="fit")
         if not shuffle:
             warn_if_shuffled(data)
         val_data: BatchSource | None = None
+        val_unpack = compiled.unpack if needs_unpack(validation_data, None) else None
         if validation_data is None and validation_split:
             if not 0 < validation_split < 1:
                 raise ValueError(f"validation_split must be between 0 and 1, got {validation_split}.")
             data, validation_data = split_dataset(data, validation_split)
+            val_unpack = compiled.unpack if needs_unpack(x, y) else None
         source = make_source(
-            data, name="fit()'s training data", batch_size=batch_size, shuffle=shuffle, steps=steps_per_epoch
+            data,
+            name="fit()'s training data",
+            batch_size=batch_size,
+            shuffle=shuffle,
+            steps=steps_per_epoch,
+            unpack=compiled.unpack if needs_unpack(x, y) else None,
         )
         if validation_data is not None:
             rows = make_dataset(validation_data, caller="fit(validation_data=...)")
             if validation_batch_size is None and isinstance(rows, torch.utils.data.Dataset):
                 validation_batch_size = batch_size
-            val_data = make_source(rows, name="fit()'s validation_data", batch_size=validation_batch_size)
+            val_data = make_source(
+                rows, name="fit()'s validation_data", batch_size=validation_batch_size, unpack=val_unpack
+            )
         elif (validation_steps, validation_batch_size, validation_freq) != (None, None, 1):
             raise ValueError("validation_steps, validation_batch_size and validation_freq need validation_data.")
 
         progress = Progress(verbose)
-        params: dict[str, Any] = {"verbose": verbose, "epochs": epochs, "steps": steps_per_epoch or source.num_batches}
-        history = History(self, params)
         callback_list = CallbackList(callbacks)
         run = Run(
             self.net,
@@ -202,18 +240,18 @@ class Model:
             steps_per_epoch=steps_per_epoch,
             validation_steps=validation_steps,
             validation_freq=validation_freq,
-            history=history,
-            logs_are_known=type(self._loop) in LOOPS.values() and callback_list.are_all_built_in,
+            class_weight=class_weight,
+            logs_are_known=not is_own_loop(self._loop) and callback_list.are_all_built_in,
         )
-        run.check_readable()
+        run.check()
+        run.history = History(self, run.params)
         run.lr_scheduler = self._scheduler_for(run, compiled)
-        callback_list.begin(self, run, params)
         try:
             with self._running(run):
                 self._loop.fit(run)
         finally:
-            self.history.extend(history)
-        return history
+            self.history.extend(run.history)
+        return run.history
 
     def evaluate(
         self,
@@ -221,6 +259,7 @@ class Model:
         y: Any = None,
         *,
         batch_size: int | None = None,
+        sample_weight: Any = None,
         steps: int | None = None,
         callbacks: Iterable[Callback] | Callback | None = None,
         verbose: Verbose = "auto",
@@ -229,15 +268,15 @@ class Model:
     ) -> dict[str, LogValue] | LogValue | list[LogValue]:
         """Return {"loss": ..., metric: ...} over the data, weighted by samples, in eval mode.
 
-        x, y, batch_size, verbose: as in fit; no shuffling.   steps: batches to read, from the beginning.
+        x, y, sample_weight, batch_size, verbose: as in fit; no shuffling.   steps: batches to read, from the beginning.
         return_dict=False: a list, loss first, or the loss alone where there are no metrics, as Keras does.
         Random states and training flags are left as they were.   Raises as fit does.
         """
         _refuse_unknown("evaluate", unknown, Model.evaluate)
         compiled = self._get_compiled("evaluate")
-        run = self._make_reading_run(compiled, "evaluate", x, y, batch_size, steps, callbacks, verbose)
-        with preserved_random_state(), self._running(run):
-            run.progress.begin("Evaluate", steps or run.num_eval_batches)
+        run = self._make_reading_run(compiled, "evaluate", x, y, sample_weight, batch_size, steps, callbacks, verbose)
+        with preserved_random_state(*run.generators), self._running(run):
+            run.progress.begin("Evaluate", steps or run.num_batches)
             self._loop.evaluate(run)
             run.progress.end(run.val_logs)
         if return_dict:
@@ -262,36 +301,76 @@ class Model:
         Random states and training flags are left as they were.   Raises as fit does.
         """
         _refuse_unknown("predict", unknown, Model.predict)
-        run = self._make_reading_run(self._compiled, "predict", x, None, batch_size, steps, callbacks, verbose)
-        with preserved_random_state(), self._running(run):
-            run.progress.begin("Predict", steps or run.num_eval_batches)
+        run = self._make_reading_run(self._compiled, "predict", x, None, None, batch_size, steps, callbacks, verbose)
+        with preserved_random_state(*run.generators), self._running(run):
+            run.progress.begin("Predict", steps or run.num_batches)
             self._loop.predict(run)
             run.progress.end({})
         return run.predictions()
 
-    def train_on_batch(self, x: Any, y: Any = None) -> dict[str, LogValue]:
+    def predict_iter(
+        self, x: Any = None, *, batch_size: int | None = None, steps: int | None = None
+    ) -> Iterator[Nested]:
+        """Yield what predict joins, batch by batch: numpy arrays, nested as the outputs are; memory for one batch.
+
+        x, batch_size, steps: as in predict. Outputs need no batch axis. Random states and training flags are left as
+        they were, also between two batches.   Raises as predict does, when the first batch is asked for.
+        """
+        _check_steps(batch_size=batch_size, steps=steps)
+        unpack = self._compiled.unpack if self._compiled is not None and needs_unpack(x, None) else None
+        data = make_dataset(x, caller="predict_iter")
+        source = make_source(data, name="predict_iter()'s data", batch_size=batch_size, unpack=unpack)
+        batches = source.one_pass(steps)
+        while True:
+            with preserved_random_state():
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                (x, _, _), _ = batch
+                one = BatchSource([(x,)], name="predict_iter()'s batch")
+                run = self._make_run(self._compiled, val_data=one, joins=False)
+                with self._running(run):
+                    self._loop.predict(run)
+            yield run.last_outputs
+
+    def check(self, x: Any, y: Any = None, *, batch_size: int | None = None, steps: int = 50) -> Report:
+        """Return a Report of what looks wrong before training, found on a copy of the model.
+
+        Shapes by layer, the loss at the start against chance, parameters without a gradient, dead units, scales of
+        inputs and targets, whether one batch can be learnt in `steps` steps, loader against step time, memory.
+        x, y, batch_size: as in fit. Weights, random states and the data's position are left as they were.
+        Raises RuntimeError before compile(), ValueError for data that can be read only once.
+        """
+        return check_model(self, x, y, batch_size=batch_size, steps=steps)
+
+    def train_on_batch(
+        self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Mapping[int, float] | None = None
+    ) -> dict[str, LogValue]:
         """Train on one batch, with an optimizer update; return {"loss": ..., metric: ...} of this batch alone.
 
-        A scheduler that steps by update advances, one that steps by epoch does not; no History.   Raises as fit does.
+        x, y, sample_weight, class_weight: as in fit. A scheduler that steps by update advances, one that steps by epoch
+        does not; no History.   Raises as fit does.
         """
         compiled = self._get_compiled("train_on_batch")
-        run = self._make_run(compiled, train_data=_one_batch(x, y, "train_on_batch"))
+        source = _one_batch(x, y, sample_weight, "train_on_batch")
+        run = self._make_run(compiled, train_data=source, class_weight=class_weight)
         if compiled.lr_scheduler_interval == "step":
             run.lr_scheduler = self._scheduler_for(run, compiled)
         with self._running(run):
             self._loop.fit(run)
         return run.epoch_logs()
 
-    def test_on_batch(self, x: Any, y: Any = None) -> dict[str, LogValue]:
+    def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None) -> dict[str, LogValue]:
         """Return {"loss": ..., metric: ...} of one batch in eval mode.   Raises as fit does."""
-        run = self._make_run(self._get_compiled("test_on_batch"), val_data=_one_batch(x, y, "test_on_batch"))
+        compiled = self._get_compiled("test_on_batch")
+        run = self._make_run(compiled, val_data=_one_batch(x, y, sample_weight, "test_on_batch"))
         with self._running(run):
             self._loop.evaluate(run)
         return run.val_logs
 
     def predict_on_batch(self, x: Any) -> Nested:
         """Return the outputs for one batch in eval mode: numpy arrays, nested as the outputs are."""
-        run = self._make_run(self._compiled, val_data=_one_batch(x, None, "predict_on_batch"))
+        run = self._make_run(self._compiled, val_data=_one_batch(x, None, None, "predict_on_batch"))
         with self._running(run):
             self._loop.predict(run)
         return run.predictions()
@@ -335,19 +414,26 @@ class Model:
         verb: str,
         x: Any,
         y: Any,
+        sample_weight: Any,
         batch_size: int | None,
         steps: int | None,
         callbacks: Iterable[Callback] | Callback | None,
         verbose: Verbose,
     ) -> Run:
         _check_steps(batch_size=batch_size, steps=steps)
-        source = make_source(make_dataset(x, y, caller=verb), name=f"{verb}()'s data", batch_size=batch_size)
-        callback_list = CallbackList(callbacks)
-        run = self._make_run(
-            compiled, callbacks=callback_list, progress=Progress(verbose), val_data=source, validation_steps=steps
+        source = make_source(
+            make_dataset(x, y, sample_weight, caller=verb),
+            name=f"{verb}()'s data",
+            batch_size=batch_size,
+            unpack=compiled.unpack if compiled is not None and needs_unpack(x, y) else None,
         )
-        callback_list.begin(self, run, {"verbose": verbose, "epochs": 1, "steps": steps or source.num_batches})
-        return run
+        return self._make_run(
+            compiled,
+            callbacks=CallbackList(callbacks),
+            progress=Progress(verbose),
+            val_data=source,
+            validation_steps=steps,
+        )
 
     @contextmanager
     def _running(self, run: Run) -> Iterator[None]:
@@ -356,7 +442,14 @@ class Model:
         training = {module: module.training for module in self.net.modules()}
         self._loop.bind(run)
         try:
+            run.callbacks.begin(self, run, run.params)
             yield
+        except BaseException:
+            with suppress(Exception):  # what went wrong first comes out
+                run.callbacks.close()
+            raise
+        else:
+            run.callbacks.close()
         finally:
             self._run = outer
             if outer is not None:
@@ -364,7 +457,13 @@ class Model:
             for module, flag in training.items():
                 module.training = flag
             run.progress.close()
-            run.callbacks.close()
+
+    def _put_learning_rates_back(self) -> None:
+        """Undo what a scheduler given by name did to an optimizer that the next compile() may be given again."""
+        former = self._compiled
+        if former is not None and isinstance(former.lr_scheduler, str):
+            for group, learning_rate in zip(former.optimizer.param_groups, former.learning_rates, strict=True):
+                group["lr"] = learning_rate
 
     def _scheduler_for(self, run: Run, compiled: Compiled) -> LRScheduler | None:
         if not isinstance(compiled.lr_scheduler, str):
@@ -374,18 +473,28 @@ class Model:
             batches = run.num_batches
             windows = batches and math.ceil(batches / compiled.gradient_accumulation_steps)
             total = windows and windows * cast(int, total)
-        return make_spanning_scheduler(compiled.lr_scheduler, compiled.optimizer, total)
+        return make_spanning_scheduler(compiled.lr_scheduler, compiled.optimizer, compiled.learning_rates, total)
 
 
-def _one_batch(x: Any, y: Any, verb: str) -> BatchSource:
-    batch = (to_tensors(x),) if y is None else (to_tensors(x), to_tensors(y, target=True))
+def _one_batch(x: Any, y: Any, sample_weight: Any, verb: str) -> BatchSource:
+    parts: tuple[Any, ...] = (x,) if y is None else (x, y)
+    if sample_weight is not None:
+        parts = (x, y, sample_weight)
+    batch = tuple(to_tensors(part, target=i == 1) for i, part in enumerate(parts))
     return BatchSource([batch], name=f"{verb}()'s batch")
+
+
+def _make_metrics(metrics: Any, loss_fn: LossFunction, *, weighted: bool = False) -> dict[str, AnyMetric]:
+    if not isinstance(loss_fn, OutputLosses):
+        return make_metrics(metrics, loss_scale(loss_fn), ignored_class(loss_fn), weighted=weighted)
+    scales = {key: (loss_scale(part), ignored_class(part)) for key, part in loss_fn.losses.items()}
+    return make_output_metrics(metrics, scales, weighted=weighted)
 
 
 def _check_steps(**arguments: int | None) -> None:
     for argument, value in arguments.items():
         if value is not None:
-            check_positive_int(argument, value)
+            check_int(argument, value)
 
 
 def _refuse_unknown(verb: str, unknown: Mapping[str, Any], function: Callable[..., Any]) -> None:

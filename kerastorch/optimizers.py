@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -41,7 +41,10 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
 SPANNING_SCHEDULERS: dict[str, Callable[[Optimizer, int], LRScheduler]] = {
     "cosine": lambda optimizer, total: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=total),
     "one_cycle": lambda optimizer, total: torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=[group["lr"] for group in optimizer.param_groups], total_steps=total
+        optimizer,
+        max_lr=[group["lr"] for group in optimizer.param_groups],
+        total_steps=total,
+        cycle_momentum=all(group.get("momentum") or "betas" in group for group in optimizer.param_groups),
     ),
 }
 SCHEDULERS: dict[str, SchedulerFactory | str] = {
@@ -66,7 +69,8 @@ def make_optimizer(
     """
     named = dict(net.named_parameters())
     if isinstance(loss, nn.Module):
-        named |= {f"loss.{name}": parameter for name, parameter in loss.named_parameters()}
+        of_net = set(map(id, named.values()))  # a loss may hold the net, or a layer of it
+        named |= {f"loss.{name}": part for name, part in loss.named_parameters() if id(part) not in of_net}
     if isinstance(optimizer, Optimizer):
         if param_groups is not None:
             raise ValueError(
@@ -117,13 +121,13 @@ def _group_parameters(
 
 
 def _make_fused(cls: OptimizerFactory, groups: list[Any], net: nn.Module) -> Optimizer:
-    sparse = any(
-        getattr(module, "sparse", False) is True for module in net.modules()
-    )  # fused steps want dense gradients
-    if "fused" in inspect.signature(cls).parameters and not sparse:
+    parameters = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
+    is_sparse = any(getattr(module, "sparse", False) is True for module in net.modules())
+    has_fused = "fused" in inspect.signature(cls).parameters
+    if has_fused and not is_sparse and all(parameter.is_floating_point() for parameter in parameters):
         try:
             return cast(Callable[..., Optimizer], cls)(groups, fused=True)
-        except RuntimeError:  # torch says so where it has no fused step for these dtypes or this device
+        except RuntimeError:  # torch says so where it has no fused step for this device
             pass
     return cls(groups)
 
@@ -180,8 +184,10 @@ def make_scheduler(
     return lr_scheduler
 
 
-def make_spanning_scheduler(name: str, optimizer: Optimizer, total: int | None) -> LRScheduler:
-    """Return the scheduler of this name over the `total` scheduler steps of one fit, starting from the first rate.
+def make_spanning_scheduler(
+    name: str, optimizer: Optimizer, learning_rates: Sequence[float], total: int | None
+) -> LRScheduler:
+    """Return the scheduler of this name over the `total` scheduler steps of one fit, starting from learning_rates.
 
     "cosine" anneals to 0 over the fit; "one_cycle" rises to the optimizer's rate and falls.
     Raises ValueError where the number of steps is not known.
@@ -191,6 +197,7 @@ def make_spanning_scheduler(name: str, optimizer: Optimizer, total: int | None) 
             f"lr_scheduler={name!r} spans the fit, but the training data has no length: give steps_per_epoch, "
             "or a scheduler object."
         )
-    for group in optimizer.param_groups:
-        group["lr"] = group.pop("initial_lr", group["lr"])
+    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
+        group["lr"] = learning_rate
+        group.pop("initial_lr", None)  # an earlier fit's, which a scheduler would start from
     return SPANNING_SCHEDULERS[name](optimizer, total)

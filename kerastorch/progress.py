@@ -23,6 +23,7 @@ class Progress:
 
     def __init__(self, verbose: Verbose) -> None:
         check_choice("verbose", verbose, ("auto", 0, 1, 2))
+        self.verbose = verbose
         self.shows_line = verbose == 2 or (verbose in ("auto", 1) and not _is_interactive())
         self.shows_bar = verbose in ("auto", 1) and not self.shows_line
         self._bar: Any = None

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from kerastorch.data import BatchSource
-from kerastorch.device import Nested, describe, map_nested, move_to_device, num_samples
+from kerastorch.data import BatchSource, ClassWeight, Predictions, to_numpy
+from kerastorch.device import Nested, map_nested, move_to_device, num_samples
+from kerastorch.first_batch import check_batch_norm, check_devices, check_inputs, check_outputs, signature
 from kerastorch.history import History, LogValue
 from kerastorch.losses import Loss, LossFunction
-from kerastorch.metrics import AnyMetric, PassSums, known_logs
+from kerastorch.metrics import AnyMetric, PassSums, known_logs, may_name_results
 from kerastorch.progress import Progress
 
 if TYPE_CHECKING:
@@ -37,11 +38,15 @@ class Compiled:
     scaler: torch.amp.GradScaler
     metrics: dict[str, AnyMetric] = field(default_factory=dict)
     lr_scheduler: LRScheduler | str | None = None
+    learning_rates: list[float] = field(default_factory=list)  # those that a scheduler by name starts from
     lr_scheduler_interval: str = "epoch"
     mixed_precision: str | None = None
     gradient_accumulation_steps: int = 1
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None
+    weighted_metrics: dict[str, AnyMetric] = field(default_factory=dict)
+    unpack: Callable[[Any], Any] | None = None
+    looked_at: set[tuple[object, ...]] = field(default_factory=set)  # kinds of batches that passed the first look
 
 
 class RunningLogs(Mapping[str, LogValue]):
@@ -98,7 +103,8 @@ class Run:
         steps_per_epoch: int | None = None,
         validation_steps: int | None = None,
         validation_freq: int | Collection[int] = 1,
-        history: History | None = None,
+        class_weight: Mapping[int, float] | None = None,
+        joins: bool = True,
         logs_are_known: bool = False,
     ) -> None:
         self.net, self.device = net, device
@@ -106,22 +112,27 @@ class Run:
         self.train_data, self.val_data = train_data, val_data
         self.epochs, self.initial_epoch, self.steps_per_epoch = epochs, initial_epoch, steps_per_epoch
         self.validation_steps, self.validation_freq = validation_steps, validation_freq
-        self.history = history if history is not None else History()
-        self.logs_are_known = logs_are_known  # whether log_names lists all that can ever be monitored
+        self.history = History()
+        self.logs_are_known = False  # whether log_names lists all that can ever be monitored
 
         self.mixed_precision: str | None = None
         self.lr_scheduler: LRScheduler | None = None
         if compiled is not None:
-            self.loss_fn = Loss(compiled.loss, on_first_batch=self._look_at_first_batch)
+            self.loss_fn = Loss(compiled.loss)
             self.optimizer, self.scaler = compiled.optimizer, compiled.scaler
             self.lr_scheduler_interval = compiled.lr_scheduler_interval
             self.mixed_precision = compiled.mixed_precision
             self.gradient_accumulation_steps = compiled.gradient_accumulation_steps
             self.clip_grad_norm, self.clip_grad_value = compiled.clip_grad_norm, compiled.clip_grad_value
-            self.train_sums = PassSums(compiled.metrics, device)
-            self.val_sums = PassSums(compiled.metrics, device)
+            self.train_sums = PassSums(compiled.metrics, device, compiled.weighted_metrics)
+            self.val_sums = PassSums(compiled.metrics, device, compiled.weighted_metrics)
             self.sums = self.train_sums
-            self.higher_is_better = known_logs(compiled.metrics)
+            metrics = {**compiled.metrics, **compiled.weighted_metrics}
+            self.higher_is_better = known_logs(metrics)
+            self.logs_are_known = logs_are_known and not any(map(may_name_results, metrics.values()))
+            self.higher_is_better |= dict.fromkeys(self.loss_fn.part_names, False)
+            self.class_weight = ClassWeight(class_weight, compiled.loss, device) if class_weight is not None else None
+            self._looked_at = compiled.looked_at
 
         self.epoch = self.initial_epoch
         self.batch = self.step = self.num_samples = 0
@@ -133,10 +144,17 @@ class Run:
         self._forward_dict = lambda x: net(**x)
         self._epoch_logs: dict[str, LogValue] | None = None
         self._window: list[int] = []  # samples of each batch since the last optimizer step
-        self._predictions: list[Nested] = []
+        self._predictions = Predictions()
+        self.joins, self.last_outputs = joins, None  # whether predictions of all batches are kept, or the last
 
-    def check_readable(self) -> None:
-        """Raise ValueError where data that can be read only once would be needed again."""
+    def check(self) -> None:
+        """Raise ValueError for what can be known to fail: data read only once but needed again, a net moved elsewhere.
+
+        Warns where the last batch leaves batch norm a single sample.
+        """
+        check_devices(self.net, self.device)
+        if self.train_data is not None:
+            check_batch_norm(self.net, self.train_data.num_rows, self.train_data.batch_size, self.train_data.drop_last)
         passes = self.epochs - self.initial_epoch
         if self.train_data is not None and self.train_data.is_one_shot and self.steps_per_epoch is None and passes > 1:
             raise ValueError(
@@ -151,6 +169,11 @@ class Run:
                     f"{self.val_data.name} is an iterator, which can be read once, but {len(due)} epochs validate: "
                     "give an object that can be iterated anew."
                 )
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The random generators that the evaluated data has of its own."""
+        return self.val_data.generators if self.val_data is not None else []
 
     # ---- epochs ----
 
@@ -176,9 +199,16 @@ class Run:
 
     @property
     def num_batches(self) -> int | None:
-        """Batches in an epoch, or None where that is not known."""
-        assert self.train_data is not None
-        return self.steps_per_epoch or self.train_data.num_batches
+        """Batches in an epoch, or in the pass of evaluate or predict; None where that is not known."""
+        if self.train_data is not None:
+            return self.steps_per_epoch or self.train_data.num_batches
+        assert self.val_data is not None
+        return self.validation_steps or self.val_data.num_batches
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """What callbacks and History are told of the call: {"verbose", "epochs", "steps"}."""
+        return {"verbose": self.progress.verbose, "epochs": self.epochs, "steps": self.num_batches}
 
     @property
     def validation_is_due(self) -> bool:
@@ -186,10 +216,10 @@ class Run:
         return self.val_data is not None and _is_due(self.epoch + 1, self.validation_freq)
 
     @property
-    def num_eval_batches(self) -> int | None:
-        """Batches in an evaluation or prediction pass, or None where that is not known."""
-        assert self.val_data is not None
-        return self.validation_steps or self.val_data.num_batches
+    def validates_every_epoch(self) -> bool:
+        """Whether no epoch of this call ends without a validation pass."""
+        epochs = range(self.initial_epoch, self.epochs)
+        return self.val_data is not None and all(_is_due(epoch + 1, self.validation_freq) for epoch in epochs)
 
     def epoch_logs(self) -> dict[str, LogValue]:
         """Return this epoch's logs so far, validation under "val_" (a sync, the first time in an epoch)."""
@@ -218,6 +248,10 @@ class Run:
         for (x, y, sample_weight), is_last in self.train_data.epoch(self.steps_per_epoch, look_ahead=k > 1):
             self.batch += 1
             x, y, sample_weight = self._begin_batch(x, y, sample_weight)
+            if self.batch == 0:
+                self._look_at_inputs(x, y, sample_weight)
+            if self.class_weight is not None:
+                sample_weight = self.class_weight(y, sample_weight)
             self._window.append(self.num_samples)
             self.step_is_due = is_last or len(self._window) == k
             if callbacks.has_train_batch_begin:
@@ -288,8 +322,8 @@ class Run:
 
     def record(self, loss: Tensor, outputs: Nested, y: Nested, sample_weight: Tensor | None = None) -> None:
         """Add this batch to the sums of the running pass. They stay on the device: no sync."""
-        outputs = map_nested(_detach, outputs) if self.sums.metrics else None
-        self.sums.update(loss.detach(), outputs, y, self.num_samples)
+        outputs = map_nested(_detach, outputs) if self.sums.all_metrics else None
+        self.sums.update(loss.detach(), outputs, y, self.num_samples, sample_weight, self.loss_fn.parts)
 
     # ---- evaluation and prediction ----
 
@@ -302,6 +336,8 @@ class Run:
         callbacks.on_test_begin({})
         for batch, ((x, y, sample_weight), _) in enumerate(self.val_data.one_pass(self.validation_steps)):
             x, y, sample_weight = self._begin_batch(x, y, sample_weight)
+            if batch == 0:
+                self._look_at_inputs(x, y, sample_weight)
             if callbacks.has_test_batch_begin:
                 callbacks.on_test_batch_begin(batch, {})
             yield x, y, sample_weight
@@ -316,6 +352,7 @@ class Run:
         """Yield x on the device for each batch, targets left out; fires the predict hooks."""
         assert self.val_data is not None
         callbacks = self.callbacks
+        self._predictions = Predictions(self.val_data.num_rows if self.validation_steps is None else None)
         callbacks.on_predict_begin({})
         for batch, ((x, _, _), _) in enumerate(self.val_data.one_pass(self.validation_steps)):
             x, _, _ = self._begin_batch(x, None, None)
@@ -323,19 +360,24 @@ class Run:
                 callbacks.on_predict_batch_begin(batch, {})
             yield x
             if callbacks.has_predict_batch_end:
-                callbacks.on_predict_batch_end(batch, {"outputs": self._predictions[-1]})
+                callbacks.on_predict_batch_end(batch, {"outputs": self.last_outputs})
             self.progress.update(batch + 1, dict)
         callbacks.on_predict_end({})
 
     def collect(self, outputs: Nested) -> None:
-        """Keep a batch of predictions, on the CPU as numpy arrays; bfloat16 becomes float32."""
-        self._predictions.append(map_nested(_to_numpy, outputs))
+        """Keep a batch of predictions, on the CPU as numpy arrays; bfloat16 becomes float32.
+
+        Raises ValueError for outputs without a batch axis.
+        """
+        self.last_outputs = map_nested(to_numpy, outputs)
+        if self.joins:
+            self._predictions.append(self.last_outputs, self.num_samples)
 
     def predictions(self) -> Nested:
         """Return all that was collected, joined on the first axis, nested as the outputs are."""
-        return _join(self._predictions)
+        return self._predictions.joined()
 
-    def _begin_batch(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> tuple[Nested, Nested, Tensor | None]:
+    def _begin_batch(self, x: Nested, y: Nested, sample_weight: Nested) -> tuple[Nested, Nested, Nested]:
         x, y = move_to_device(x, self.device), move_to_device(y, self.device)
         if sample_weight is not None:
             sample_weight = move_to_device(sample_weight, self.device)
@@ -348,13 +390,21 @@ class Run:
             self.forward = self._forward_tuple if isinstance(x, (tuple, list)) else self.net
         return x, y, sample_weight
 
-    def _look_at_first_batch(self, outputs: Nested, y: Nested) -> None:
-        if y is None:
-            raise ValueError(
-                "the batches hold no targets, but the loss needs them: give fit(x, y), or batches (x, y). "
-                "Two inputs without a target are ((a, b),)."
-            )
-        self.sums.infer(map_nested(_detach, outputs), y)
+    def _look_at_inputs(self, x: Nested, y: Nested, sample_weight: Nested) -> None:
+        """Check a pass's first batch, and its outputs inside the next loss call, unless one of its kind has passed."""
+        kind = (self.sums is self.train_sums, *signature(x, y))
+        if kind in self._looked_at:
+            return
+        data = self.train_data if self.sums is self.train_sums else self.val_data
+        assert data is not None
+        check_inputs(data.name, self.net, x, y, sample_weight, self.mixed_precision is not None)
+
+        def look_at_outputs(outputs: Nested, y: Nested) -> None:
+            check_outputs(self.net, self.loss_fn.fn, x, outputs, y)
+            self.sums.infer(map_nested(_detach, outputs), y)
+            self._looked_at.add(kind)
+
+        self.loss_fn.on_first_batch = look_at_outputs
 
 
 def _is_due(epoch: int, freq: int | Collection[int]) -> bool:
@@ -368,25 +418,3 @@ def _detach(output: Any) -> Any:
     if not isinstance(output, Tensor):
         return output
     return output.detach().float() if output.dtype in (torch.bfloat16, torch.float16) else output.detach()
-
-
-def _to_numpy(output: Any) -> Any:
-    if not isinstance(output, Tensor):
-        return output
-    output = output.detach()
-    return (output.float() if output.dtype == torch.bfloat16 else output).cpu().numpy()
-
-
-def _join(parts: list[Nested]) -> Nested:
-    import numpy as np
-
-    first = parts[0]
-    if isinstance(first, Mapping):
-        return {key: _join([part[key] for part in parts]) for key in first}
-    if isinstance(first, tuple) and hasattr(first, "_fields"):
-        return type(first)(*(_join(list(column)) for column in zip(*parts, strict=True)))
-    if isinstance(first, (tuple, list)):
-        return type(first)(_join(list(column)) for column in zip(*parts, strict=True))
-    if not isinstance(first, np.ndarray) or first.ndim == 0:
-        raise ValueError(f"predict() joins outputs on their first, batch axis, but forward returned {describe(first)}.")
-    return np.concatenate(parts)

@@ -9,10 +9,12 @@ import kerastorch
 
 PACKAGE = Path(kerastorch.__file__).parent
 ROWS = [  # lowest first; a folder's base file lies below its sisters, its __init__ above them
-    {"datasets.digits"},
-    {"device", "errors", "datasets"},
+    {"datasets.digits", "errors"},
+    {"device", "datasets"},
     {"losses", "optimizers", "metrics", "initializers", "progress", "plots"},
-    {"checkpoint", "distributed", "history", "data.arrays"},
+    {"checkpoint", "distributed", "history", "first_batch", "data.arrays"},
+    {"data.weights", "data.predictions"},
+    {"data.dataset"},
     {"data.source"},
     {"data"},
     {"run"},

@@ -24,6 +24,7 @@ on_predict_batch_end(batch, {"outputs": ...}), on_predict_end. Indices count fro
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
@@ -277,6 +278,10 @@ def _check_callback(callback: object, i: int) -> None:
         raise TypeError(f"callbacks[{i}] must be a kerastorch.callbacks.Callback, got {type(callback).__name__}.")
     for name in dir(type(callback)):
         if name.startswith("on_") and name not in HOOKS:
-            hint = did_you_mean(name, HOOKS)
-            if hint:
-                raise ValueError(f"callbacks[{i}], {type(callback).__name__}, has {name}(), which nothing calls;{hint}")
+            near = difflib.get_close_matches(name[3:], [hook[3:] for hook in HOOKS], n=2, cutoff=0.65)
+            if near:  # a name of another kind is the user's own affair
+                raise ValueError(
+                    f"callbacks[{i}], {type(callback).__name__}, has {name}(), which nothing calls; did you mean "
+                    + " or ".join(f"'on_{name}'" for name in near)
+                    + "?"
+                )

@@ -6,7 +6,7 @@ import copy
 from typing import Any, Literal
 
 from kerastorch.callbacks.callback import Callback, Logs, Monitor
-from kerastorch.errors import check_positive_int
+from kerastorch.errors import check_int
 
 
 class EarlyStopping(Callback):
@@ -32,8 +32,8 @@ class EarlyStopping(Callback):
         restore_best_weights: bool = False,
         start_from_epoch: int = 0,
     ) -> None:
-        if patience != 0:
-            check_positive_int("patience", patience)
+        check_int("patience", patience, at_least=0)
+        check_int("start_from_epoch", start_from_epoch, at_least=0)
         self.monitor = monitor
         self._watched = Monitor(monitor, mode, min_delta)
         self.patience, self.verbose, self.baseline = patience, verbose, baseline

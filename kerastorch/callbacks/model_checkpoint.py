@@ -44,13 +44,18 @@ class ModelCheckpoint(Callback):
     def on_train_begin(self, logs: Logs | None = None) -> None:
         if self.save_best_only:
             self._watched.begin(self.run)
-        folder = Path(self.filepath).parent
+        path = Path(self.filepath)
         if self.run.logs_are_known:
-            folder = self._path(self.run.initial_epoch, dict.fromkeys(self.run.log_names, 0.0)).parent
-        if "{" not in str(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(folder, os.W_OK):
-                raise PermissionError(f"ModelCheckpoint can't write into {str(folder)!r}.")
+            names = self.run.log_names
+            if not self.run.validates_every_epoch and not (self.save_best_only and self.monitor.startswith("val_")):
+                names = [name for name in names if not name.startswith("val_")]  # an epoch to save would lack them
+            path = self._path(self.run.initial_epoch, dict.fromkeys(names, 0.0))
+        if path.is_dir():
+            raise IsADirectoryError(f"ModelCheckpoint's filepath {self.filepath!r} is a folder; give a file in it.")
+        if "{" not in str(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path.parent, os.W_OK):
+                raise PermissionError(f"ModelCheckpoint can't write into {str(path.parent)!r}.")
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         logs = logs or {}

@@ -6,16 +6,20 @@ Sister: arrays.py, which makes datasets of arrays.
 from __future__ import annotations
 
 import math
+import multiprocessing
+import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, default_collate
 
-from kerastorch.data.arrays import to_tensors
-from kerastorch.device import Nested, describe
+from kerastorch.data.arrays import default_sampler, is_numpy, num_rows, to_tensors
+from kerastorch.data.weights import WeightedBatch, WeightedCollate, is_weighted
+from kerastorch.device import Nested, describe, map_nested
 
 Batch = tuple[Nested, Nested, Tensor | None]
 
@@ -23,12 +27,13 @@ Batch = tuple[Nested, Nested, Tensor | None]
 class BatchSource:
     """Batches of one loader or iterable.
 
-    batches: any iterable of batches.   name: what errors call it.
+    batches: any iterable of batches.   name: what errors call it.   unpack: makes each batch x, (x, y) or
+    (x, y, sample_weight) first.
     num_batches: batches in a pass, or None where that is not known before the pass ends.
     """
 
-    def __init__(self, batches: Iterable[Any], *, name: str) -> None:
-        self.batches, self.name = batches, name
+    def __init__(self, batches: Iterable[Any], *, name: str, unpack: Callable[[Any], Any] | None = None) -> None:
+        self.batches, self.name, self.unpack = batches, name, unpack
         self.num_batches = _length(batches)
         self.is_one_shot = isinstance(batches, Iterator)
         self._converts = not isinstance(batches, DataLoader)
@@ -38,6 +43,28 @@ class BatchSource:
                 f"{name} is empty: {type(batches).__name__} gives 0 batches"
                 + (" (drop_last drops the only, short one)." if getattr(batches, "drop_last", False) else ".")
             )
+
+    @property
+    def num_rows(self) -> int | None:
+        """Rows in a pass, or None where that is not known."""
+        sampler = default_sampler(self.batches) if isinstance(self.batches, DataLoader) else None
+        return None if sampler is None else len(sampler)
+
+    @property
+    def generators(self) -> list[torch.Generator]:
+        """The random generators that the loader and its sampler have of their own."""
+        holders = (self.batches, *_samplers(self.batches))
+        return [generator for holder in holders if (generator := getattr(holder, "generator", None)) is not None]
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows in a full batch, or None where that is not known."""
+        return getattr(getattr(self.batches, "batch_sampler", None), "batch_size", None)
+
+    @property
+    def drop_last(self) -> bool:
+        """Whether a short last batch is left out."""
+        return getattr(getattr(self.batches, "batch_sampler", None), "drop_last", False)
 
     def epoch(self, steps: int | None = None, *, look_ahead: bool = False) -> Iterator[tuple[Batch, bool]]:
         """Yield (batch, is_last) over a training epoch: one pass, or `steps` batches that go on where the last ended.
@@ -54,11 +81,13 @@ class BatchSource:
         """
         count, total = 0, self.num_batches
         if total is None and look_ahead:
-            batches: Iterable[tuple[Any, bool]] = _with_last(self.batches)
+            batches: Iterable[tuple[Any, bool]] = _with_last(self.batches, clones=self._converts)
         else:
             batches = ((batch, False) for batch in self.batches)
         for batch, is_last in batches:
             count += 1
+            if look_ahead and total is not None and count > total:
+                raise self._wrong_length(total, f"more than {total}")
             yield self._unpack(batch), is_last or count == total
             if count == limit:
                 return
@@ -68,10 +97,13 @@ class BatchSource:
         if limit is not None:
             warnings.warn(f"{self.name} gave {count} batches, fewer than the {limit} steps asked for.", stacklevel=2)
         if look_ahead and total is not None and count < total:
-            raise ValueError(
-                f"{self.name} says it has {total} batches but gave {count}, so the last accumulated gradients were not "
-                "applied: correct its __len__."
-            )
+            raise self._wrong_length(total, str(count))
+
+    def _wrong_length(self, total: int, given: str) -> ValueError:
+        return ValueError(
+            f"{self.name} says it has {total} batches but gave {given}, so the last accumulated gradients would be "
+            "lost: correct its __len__."
+        )
 
     def _steps(self, steps: int) -> Iterator[tuple[Batch, bool]]:
         for step in range(steps):
@@ -95,12 +127,23 @@ class BatchSource:
 
     def _unpack(self, batch: Any) -> Batch:
         """Return a batch as (x, y, sample_weight); ValueError for a tuple of more than three."""
+        added_weight: Tensor | None = None
+        if isinstance(batch, WeightedBatch):
+            batch, added_weight = batch
+        if self.unpack is not None:
+            batch = self.unpack(batch)
         if not isinstance(batch, (tuple, list)) or isinstance(batch, PackedSequence):
             parts: tuple[Any, ...] | list[Any] = (batch,)
         else:
             parts = batch
         if self._converts:
-            parts = [part if isinstance(part, Tensor) else _to_tensors(part, i == 1) for i, part in enumerate(parts)]
+            parts = [
+                part if isinstance(part, Tensor) else to_tensors(part, target=i == 1, strict=False)
+                for i, part in enumerate(parts)
+            ]
+        if added_weight is not None:
+            own_weight = parts[2] if len(parts) > 2 else None
+            return parts[0], parts[1], added_weight if own_weight is None else own_weight * added_weight
         if len(parts) == 2:
             return parts[0], parts[1], None
         if len(parts) == 1:
@@ -114,35 +157,61 @@ class BatchSource:
 
 
 def make_source(
-    data: Any, *, name: str, batch_size: int | None = None, shuffle: bool = False, steps: int | None = None
+    data: Any,
+    *,
+    name: str,
+    batch_size: int | None = None,
+    shuffle: bool = False,
+    steps: int | None = None,
+    unpack: Callable[[Any], Any] | None = None,
 ) -> BatchSource:
     """Return the BatchSource of what make_dataset gave: a DataLoader, a Dataset or an iterable of batches.
 
     A Dataset is read as DataLoader(dataset, batch_size, shuffle) reads it; batch_size defaults to 32, or to
     ceil(rows / steps) where steps are given.
-    Raises ValueError for a batch_size beside batches that have their own.
+    unpack: see BatchSource.   Raises ValueError for a batch_size beside batches that have their own.
     """
+    if isinstance(data, DataLoader):
+        _check_workers(data)
     if isinstance(data, Dataset):
         if isinstance(data, IterableDataset):
-            return BatchSource(DataLoader(data, batch_size or 32), name=name)
-        rows = len(data)  # type: ignore[arg-type]  # map-style datasets have a length; the base class does not say so
+            return BatchSource(DataLoader(data, batch_size or 32), name=name, unpack=unpack)
+        rows = num_rows(data, what=name)
         if rows == 0:
             raise ValueError(f"{name} is empty: the {type(data).__name__} has 0 rows.")
         if batch_size is None:
             batch_size = 32 if steps is None else math.ceil(rows / steps)
-        return BatchSource(DataLoader(data, batch_size, shuffle), name=name)
-    if batch_size is not None:
+        collate = WeightedCollate(default_collate) if is_weighted(data) else None
+        data = DataLoader(data, batch_size, shuffle, collate_fn=collate)
+    elif batch_size is not None:
         raise ValueError(f"batch_size={batch_size} beside a {type(data).__name__}: its batches have their own size.")
-    return BatchSource(data, name=name)
+    return BatchSource(data, name=name, unpack=unpack)
+
+
+def _check_workers(loader: DataLoader[Any]) -> None:
+    context = loader.multiprocessing_context or multiprocessing
+    method = context.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
+    in_notebook = not hasattr(sys.modules["__main__"], "__file__")
+    name = type(loader.dataset).__name__
+    if loader.num_workers and method != "fork" and in_notebook and type(loader.dataset).__module__ == "__main__":
+        raise ValueError(
+            f"the DataLoader has num_workers={loader.num_workers}, but its workers can't see the class {name}, which "
+            "was defined in this notebook: move the class into a .py file and import it, or use num_workers=0."
+        )
 
 
 def warn_if_shuffled(data: object) -> None:
     """Warn that shuffle=False does not reach into a DataLoader that shuffles."""
-    if isinstance(data, DataLoader) and isinstance(data.sampler, RandomSampler):
+    if isinstance(data, DataLoader) and isinstance(default_sampler(data), RandomSampler):
         warnings.warn(
             "shuffle=False has no effect on a DataLoader, and this one shuffles: make it with shuffle=False.",
             stacklevel=3,
         )
+
+
+def _samplers(batches: Iterable[Any]) -> tuple[object, object]:
+    batch_sampler = getattr(batches, "batch_sampler", None)
+    return getattr(batches, "sampler", None), getattr(batch_sampler, "sampler", None)
 
 
 def _length(batches: Iterable[Any]) -> int | None:
@@ -154,17 +223,19 @@ def _length(batches: Iterable[Any]) -> int | None:
         return None
 
 
-def _with_last(batches: Iterable[Any]) -> Iterator[tuple[Any, bool]]:
-    iterator = iter(batches)
-    try:
-        held = next(iterator)
-    except StopIteration:
-        return
-    for batch in iterator:
-        yield held, False
-        held = batch
-    yield held, True
+def _with_last(batches: Iterable[Any], *, clones: bool) -> Iterator[tuple[Any, bool]]:
+    """Yield each batch, one late, and whether it is the last; clones: an opaque iterable may use its buffer again."""
+    held: Any = None
+    has_held = False
+    for batch in batches:
+        if has_held:
+            yield held, False
+        held, has_held = map_nested(_clone, batch) if clones else batch, True
+    if has_held:
+        yield held, True
 
 
-def _to_tensors(part: Any, target: bool) -> Nested:
-    return None if part is None else to_tensors(part, target=target)
+def _clone(leaf: Any) -> Any:
+    if isinstance(leaf, Tensor):
+        return leaf.clone()
+    return leaf.copy() if is_numpy(leaf) else leaf

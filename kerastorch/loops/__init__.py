@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from kerastorch.errors import look_up
 from kerastorch.loops.class_loop import ClassLoop
-from kerastorch.loops.function_loop import FunctionLoop
+from kerastorch.loops.function_loop import FunctionLoop, eval_step, train_step
 from kerastorch.loops.loop import Loop
 from kerastorch.loops.script_loop import ScriptLoop
 
-__all__ = ["LOOPS", "ClassLoop", "FunctionLoop", "Loop", "ScriptLoop", "make_loop"]
+__all__ = ["LOOPS", "ClassLoop", "FunctionLoop", "Loop", "ScriptLoop", "is_own_loop", "make_loop"]
 
 LOOPS: dict[str, type[Loop]] = {"script": ScriptLoop, "function": FunctionLoop, "class": ClassLoop}
+
+
+def is_own_loop(loop: Loop) -> bool:
+    """Whether the steps are the user's own: a subclass, or a FunctionLoop with a swapped train_step or eval_step."""
+    if isinstance(loop, FunctionLoop) and (loop.train_step, loop.eval_step) != (train_step, eval_step):
+        return True
+    return type(loop) not in LOOPS.values()
 
 
 def make_loop(loop: str | type[Loop] | Loop) -> Loop:

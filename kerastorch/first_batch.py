@@ -1,0 +1,256 @@
+"""The look at a first batch: inputs when it is drawn, outputs and targets inside the first loss call, before backward.
+
+No extra forward and no random draw; a few values are read back from the device, once per compile and data shape.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kerastorch.device import Nested, describe, leaves, num_samples, pick_output
+from kerastorch.losses import OutputLosses, loss_scale
+
+_FIRST_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.modules.batchnorm._BatchNorm)
+_SHAPELESS = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
+
+
+def signature(x: Nested, y: Nested) -> tuple[object, ...]:
+    """Return what makes two batches alike to the checks: dtypes and shapes without the batch dimension."""
+    return tuple(
+        (leaf.dtype, leaf.shape[1:], leaf.dim()) if isinstance(leaf, Tensor) else type(leaf)
+        for part in (x, y)
+        for leaf in leaves(part)
+    )
+
+
+def check_inputs(name: str, net: nn.Module, x: Nested, y: Nested, sample_weight: Nested, mixed_precision: bool) -> None:
+    """Raise ValueError for a batch whose parts differ in size, or whose x the net's first layer can't take.
+
+    name: what the data is called.
+    """
+    samples = num_samples(x)
+    for what, part in (("y", y), ("sample_weight", sample_weight)):
+        for leaf in leaves(part):
+            if isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != samples):
+                size = len(leaf) if leaf.dim() else "no"
+                raise ValueError(
+                    f"{name}: the first batch has {samples} samples in x but {size} in {what}: x is {describe(x)}, "
+                    f"{what} is {describe(part)}."
+                )
+    layer, is_flattened = _first_layer(net)
+    if layer is None or not isinstance(x, Tensor):
+        return
+    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), x.dtype)
+    if x.dtype != dtype and not (mixed_precision and x.is_floating_point()):
+        wanted = str(dtype).removeprefix("torch.")
+        raise ValueError(
+            f"x is {describe(x)}, but the first layer {layer} has {wanted} weights: convert it, x.to(torch.{wanted})"
+            + (", and scale it, as x / 255." if x.dtype == torch.uint8 else ".")
+        )
+    if isinstance(layer, nn.Linear) and not is_flattened and x.shape[-1] != layer.in_features:
+        raise ValueError(
+            f"x is {describe(x)}: its last dimension is {x.shape[-1]}, but the first layer {layer} takes "
+            f"{layer.in_features} features."
+        )
+
+
+def check_outputs(net: nn.Module, fn: object, x: Nested, outputs: Nested, y: Nested) -> None:
+    """Raise ValueError, or warn, where outputs and targets are not what a torch loss takes.
+
+    fn: the loss, or OutputLosses; functions of one's own are only looked at for NaN.
+    """
+    if isinstance(fn, OutputLosses):
+        for key, part in fn.losses.items():
+            check_outputs(net, part, x, pick_output(outputs, key, "the outputs"), pick_output(y, key, "the targets"))
+        return
+    scale = loss_scale(fn)
+    if y is None and scale != "unknown":
+        raise ValueError(
+            "the batches hold no targets, but the loss needs them: give fit(x, y), or batches (x, y). "
+            "Two inputs without a target are ((a, b),)."
+        )
+    _check_outputs_finite(net, x, outputs)
+    if scale == "unknown":
+        return
+    if not _is_finite(y):
+        raise ValueError(f"y has {_count_bad(y)} in the first batch ({describe(y)}): drop or fill those rows.")
+    name = getattr(fn, "__name__", type(fn).__name__)
+    if not isinstance(outputs, Tensor) or not isinstance(y, Tensor):
+        raise ValueError(
+            f"the loss {name} takes one tensor of outputs and one of targets, but outputs are {describe(outputs)} and "
+            f"targets {describe(y)}: for several outputs give a list or dict of losses, one for each."
+        )
+    if scale in ("class_logits", "log_probabilities"):
+        _check_classes(name, fn, outputs, y)
+    else:
+        _check_same_shape(name, outputs, y)
+        if scale in ("label_logits", "probabilities"):
+            _check_labels(name, outputs, y)
+    _warn_of_activation(name, scale, net, outputs)
+
+
+def _check_outputs_finite(net: nn.Module, x: Nested, outputs: Nested) -> None:
+    if all(_is_finite(leaf) or not bool((leaf.isnan() | leaf.isposinf()).any()) for leaf in leaves(outputs)):
+        return  # -inf is how logits are masked
+    for leaf in leaves(x):
+        if not _is_finite(leaf):
+            raise ValueError(
+                f"x has {_count_bad(leaf)} in the first batch ({describe(x)}), and the outputs are not finite: "
+                "drop, fill or clip them."
+            )
+    for name, parameter in net.named_parameters():
+        if not _is_finite(parameter):
+            raise ValueError(f"the parameter {name!r} holds {_count_bad(parameter)}: the net was broken before fit().")
+    warnings.warn("the net's outputs for the first batch are not finite, though x and the weights are.", stacklevel=2)
+
+
+def _check_classes(name: str, fn: object, outputs: Tensor, y: Tensor) -> None:
+    if outputs.dim() < 2 or outputs.shape[1] == 1:
+        raise ValueError(
+            f"the loss {name} needs a score for each class, (N, C), but outputs are {describe(outputs)}: "
+            "for one yes-or-no output use 'bce_with_logits'."
+        )
+    classes, indices_shape = outputs.shape[1], outputs.shape[:1] + outputs.shape[2:]
+    if y.shape == outputs.shape:
+        if not y.is_floating_point():
+            raise ValueError(
+                f"the loss {name} takes class indices or probabilities, but targets are {describe(y)}, as one-hot "
+                "rows: use y.argmax(1), or y.float()."
+            )
+        return
+    if y.shape == (*indices_shape, 1) or y.shape == (len(outputs), 1, *indices_shape[1:]):
+        raise ValueError(
+            f"the loss {name} takes class indices of shape {tuple(indices_shape)}, but targets are {describe(y)}: "
+            f"use y.squeeze({-1 if y.shape[-1] == 1 else 1})."
+        )
+    if y.shape != indices_shape:
+        raise ValueError(
+            f"the loss {name} takes targets of shape {tuple(indices_shape)} for outputs {describe(outputs)}, "
+            f"but they are {describe(y)}."
+        )
+    if y.is_floating_point() or y.dtype == torch.bool:
+        raise ValueError(
+            f"the loss {name} takes class indices as integers, but targets are {describe(y)}: use y.long()."
+        )
+    ignored = getattr(fn, "ignore_index", -100)
+    counted = y[y != ignored]
+    if counted.numel() and (int(counted.min()) < 0 or int(counted.max()) >= classes):
+        raise ValueError(
+            f"labels run from {int(counted.min())} to {int(counted.max())}, but the outputs {describe(outputs)} have "
+            f"{classes} classes, 0 to {classes - 1}"
+            + (": count the labels from 0." if int(counted.min()) >= 1 else ".")
+        )
+
+
+def _check_same_shape(name: str, outputs: Tensor, y: Tensor) -> None:
+    if not y.is_floating_point() and not y.is_complex():
+        raise ValueError(
+            f"the loss {name} takes float targets, but they are {describe(y)}: use y.float(), or numpy's "
+            "y.astype('float32')."
+        )
+    if y.dtype == torch.float64 and outputs.dtype != torch.float64:
+        raise ValueError(f"targets are {describe(y)}, but outputs {describe(outputs)}: use y.float().")
+    if y.shape == outputs.shape:
+        return
+    fix = ""
+    if outputs.shape == (*y.shape, 1):
+        fix = ": use outputs.squeeze(1) in the net, or y.unsqueeze(1)"
+    elif y.shape == (*outputs.shape, 1):
+        fix = ": use y.squeeze(1)"
+    elif outputs.dim() == 2 and y.shape == outputs.shape[:1]:
+        fix = ": for class indices use 'cross_entropy'"
+    raise ValueError(
+        f"the loss {name} compares number with number, but outputs are {describe(outputs)} and targets {describe(y)}; "
+        f"torch would stretch one over the other{fix}."
+    )
+
+
+def _check_labels(name: str, outputs: Tensor, y: Tensor) -> None:
+    low, high = float(y.min()), float(y.max())
+    if low < 0 or high > 1:
+        raise ValueError(f"the loss {name} takes targets from 0 to 1, but they run from {low:g} to {high:g}.")
+    if name in ("BCELoss", "binary_cross_entropy") and not (0 <= float(outputs.min()) <= float(outputs.max()) <= 1):
+        raise ValueError(
+            f"the loss {name} takes probabilities, but outputs run from {float(outputs.min()):.3g} to "
+            f"{float(outputs.max()):.3g}: end the net in a sigmoid, or use 'bce_with_logits'."
+        )
+
+
+def _warn_of_activation(name: str, scale: str, net: nn.Module, outputs: Tensor) -> None:
+    outputs = outputs.detach().float()
+    in_range = bool(((outputs >= 0) & (outputs <= 1)).all())
+    if scale == "class_logits" and in_range:
+        sums = outputs.sum(1)
+        if torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+            warnings.warn(
+                f"the loss {name} takes logits, but the outputs look like a softmax's (rows sum to 1), which trains "
+                "slowly: remove the softmax from the net, or use 'nll' on a log_softmax.",
+                stacklevel=2,
+            )
+    last = [module for module in net.modules() if not list(module.children())][-1:]
+    ends_in_sigmoid = any(isinstance(module, nn.Sigmoid) for module in last)
+    if scale == "label_logits" and in_range and (ends_in_sigmoid or outputs.numel() >= 32):
+        warnings.warn(
+            f"the loss {name} takes logits, but the outputs look like a sigmoid's (all from 0 to 1): remove the "
+            "sigmoid from the net, or use torch.nn.BCELoss().",
+            stacklevel=2,
+        )
+    if scale == "log_probabilities" and bool((outputs > 1e-3).any()):
+        raise ValueError(
+            f"the loss {name} takes log-probabilities, but the outputs reach {float(outputs.max()):.3g}: end the net "
+            "in nn.LogSoftmax(1), or use 'cross_entropy' on logits."
+        )
+
+
+def check_batch_norm(net: nn.Module, rows: int | None, batch_size: int | None, drop_last: bool) -> None:
+    """Warn where the last batch of training rows holds one sample, which BatchNorm1d can't normalise."""
+    if rows is None or batch_size is None or (batch_size > 1 and (drop_last or rows % batch_size != 1)):
+        return
+    if any(isinstance(module, nn.BatchNorm1d) for module in net.modules()):
+        warnings.warn(
+            f"{rows} rows in batches of {batch_size} leave a batch of one sample, which BatchNorm1d refuses in "
+            "training: use drop_last=True or another batch_size.",
+            stacklevel=3,
+        )
+
+
+def check_devices(net: nn.Module, device: torch.device) -> None:
+    """Raise ValueError where the net was moved off the Model's device after the Model was made."""
+    for name, parameter in net.named_parameters():
+        if parameter.device != device and parameter.device.type != "meta":
+            raise ValueError(
+                f"the parameter {name!r} is on {parameter.device}, but the Model is on {device}: give "
+                "Model(net, device=...) the device, and leave the net there."
+            )
+
+
+def _first_layer(net: nn.Module) -> tuple[nn.Module | None, bool]:
+    """Return the layer that x meets first, where plain Sequentials make that sure, and whether x is reshaped before."""
+    is_reshaped = False
+    while type(net) is nn.Sequential:
+        layers = list(net)
+        while layers and isinstance(layers[0], _SHAPELESS):
+            is_reshaped |= isinstance(layers.pop(0), (nn.Flatten, nn.Unflatten))
+        if not layers:
+            return None, is_reshaped
+        net = layers[0]
+    return (net if type(net) in _known_layers() else None), is_reshaped
+
+
+def _known_layers() -> set[type[Any]]:
+    return {cls for cls in vars(nn).values() if isinstance(cls, type) and issubclass(cls, _FIRST_LAYERS)}
+
+
+def _is_finite(value: object) -> bool:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return True
+    return bool(torch.isfinite(value).all())
+
+
+def _count_bad(value: Tensor) -> str:
+    nans, infs = int(value.isnan().sum()), int(value.isinf().sum())
+    return " and ".join(f"{count} {kind}" for count, kind in ((nans, "NaN"), (infs, "inf")) if count)
