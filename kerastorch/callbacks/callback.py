@@ -278,7 +278,7 @@ def _check_callback(callback: object, i: int) -> None:
         raise TypeError(f"callbacks[{i}] must be a kerastorch.callbacks.Callback, got {type(callback).__name__}.")
     for name in dir(type(callback)):
         if name.startswith("on_") and name not in HOOKS:
-            near = difflib.get_close_matches(name[3:], [hook[3:] for hook in HOOKS], n=2, cutoff=0.65)
+            near = difflib.get_close_matches(name[3:], [hook[3:] for hook in HOOKS], n=2, cutoff=0.55)
             if near:  # a name of another kind is the user's own affair
                 raise ValueError(
                     f"callbacks[{i}], {type(callback).__name__}, has {name}(), which nothing calls; did you mean "
