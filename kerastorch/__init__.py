@@ -15,6 +15,7 @@ from kerastorch.device import set_seed, try_all_gpus, try_gpu
 from kerastorch.history import History
 from kerastorch.loops import ClassLoop, FunctionLoop, Loop, ScriptLoop
 from kerastorch.model import Model
+from kerastorch.report import Report
 from kerastorch.run import Run
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "History",
     "Loop",
     "Model",
+    "Report",
     "Run",
     "ScriptLoop",
     "callbacks",

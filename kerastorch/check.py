@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import html
 import inspect
 import math
 import os
 import random
 import statistics
-import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,83 +34,15 @@ from kerastorch.errors import check_int
 from kerastorch.loops.function_loop import train_step
 from kerastorch.losses import Loss, loss_scale
 from kerastorch.progress import Progress
+from kerastorch.report import Finding, Layer, Level, Report
 from kerastorch.run import Compiled, Run
 
 if TYPE_CHECKING:
     from kerastorch.model import Model
 
-Level = Literal["ok", "warning", "error"]
-
 MAX_BATCHES, MAX_SECONDS, MAX_BYTES = 8, 5.0, 2**28  # drawn to look at; whichever is reached first ends it
 SLOW_SECONDS, SLOW_RATIO = 0.005, 2.0  # a draw below either is never called slow: noise reaches that far
 MIN_VALUES = 8  # of a unit in a batch, before it can be called dead
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One result.   level: how bad it is.   title: what holds.   text: the figures met, and the fix."""
-
-    level: Level
-    title: str
-    text: str
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One call of a leaf module.   output: its shapes.   parameters: their number.   bytes: the output's."""
-
-    name: str
-    kind: str
-    output: str
-    parameters: int
-    bytes: int
-
-
-@dataclass(frozen=True, repr=False)
-class Report:
-    """What check_model found; str() is a page, a notebook shows tables.
-
-    findings: in the order of the checks.   layers: leaf modules, in the order in which forward called them.
-    """
-
-    findings: list[Finding]
-    layers: list[Layer]
-
-    @property
-    def ok(self) -> bool:
-        """Whether there is neither a warning nor an error."""
-        return all(finding.level == "ok" for finding in self.findings)
-
-    def __str__(self) -> str:
-        lines = [self._headline(), ""]
-        for level, title, text in self._findings():
-            lines += textwrap.wrap(f"{level:8} {title}: {text}", 110, subsequent_indent=" " * 9)
-        widths = [max(map(len, column)) for column in zip(*self._layers(), strict=True)]
-        lines += ["", *("  ".join(map(str.ljust, row, widths)).rstrip() for row in self._layers())]
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def _repr_html_(self) -> str:
-        return f"<p>{self._headline()}</p>{_html_table(self._findings())}{_html_table(self._layers())}"
-
-    def _headline(self) -> str:
-        counts = [(sum(finding.level == level for finding in self.findings), level) for level in ("error", "warning")]
-        text = ", ".join(f"{count} {level}{'s' * (count > 1)}" for count, level in counts if count)
-        return f"Pre-flight check: {text or 'nothing to put right'}"
-
-    def _findings(self) -> list[tuple[str, ...]]:
-        worst_first = sorted(self.findings, key=lambda finding: ("error", "warning", "ok").index(finding.level))
-        return [(finding.level, finding.title, finding.text) for finding in worst_first]
-
-    def _layers(self) -> list[tuple[str, ...]]:
-        rows = [(layer.name, layer.kind, layer.output, f"{layer.parameters:,}") for layer in self.layers]
-        return [("layer", "kind", "output", "parameters"), *rows]
-
-
-def _html_table(rows: Iterable[Sequence[str]]) -> str:
-    cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
-    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
 def check_model(model: Model, x: Any, y: Any = None, *, batch_size: int | None = None, steps: int = 50) -> Report:

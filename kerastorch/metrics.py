@@ -490,7 +490,9 @@ class PassSums:
         self._loss_sum.add_(loss, alpha=num_samples)
         self._num_samples += num_samples
         for name, part in (parts or {}).items():
-            self._part_sums.setdefault(name, torch.zeros_like(self._loss_sum)).add_(part, alpha=num_samples)
+            if name not in self._part_sums:
+                self._part_sums[name] = torch.zeros_like(self._loss_sum)
+            self._part_sums[name].add_(part, alpha=num_samples)
         for metric in self.metrics.values():
             metric.update(outputs, y)
         for metric in self.weighted_metrics.values():

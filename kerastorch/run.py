@@ -374,8 +374,9 @@ class Run:
             self._predictions.append(self.last_outputs, self.num_samples)
 
     def predictions(self) -> Nested:
-        """Return all that was collected, joined on the first axis, nested as the outputs are."""
-        return self._predictions.joined()
+        """Hand over all that was collected, joined on the first axis, nested as the outputs are."""
+        predictions, self._predictions, self.last_outputs = self._predictions, Predictions(), None
+        return predictions.joined()
 
     def _begin_batch(self, x: Nested, y: Nested, sample_weight: Nested) -> tuple[Nested, Nested, Nested]:
         x, y = move_to_device(x, self.device), move_to_device(y, self.device)

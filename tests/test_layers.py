@@ -11,7 +11,7 @@ PACKAGE = Path(kerastorch.__file__).parent
 ROWS = [  # lowest first; a folder's base file lies below its sisters, its __init__ above them
     {"datasets.digits", "errors"},
     {"device", "datasets"},
-    {"losses", "optimizers", "metrics", "initializers", "progress", "plots"},
+    {"losses", "optimizers", "metrics", "initializers", "progress", "plots", "report"},
     {"checkpoint", "distributed", "history", "first_batch", "data.arrays"},
     {"data.weights", "data.predictions"},
     {"data.dataset"},

@@ -62,8 +62,9 @@ def rebuild_loader(loader: DataLoader[Any], dataset: Dataset[Any], **changes: An
         name: getattr(loader, name)
         for name in (
             *("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "multiprocessing_context"),
-            *("generator", "prefetch_factor", "persistent_workers"),
+            *("generator", "prefetch_factor", "persistent_workers", "in_order"),
         )
+        if hasattr(loader, name)
     }
     return DataLoader(dataset, **{**settings, **changes})
 
