@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from kerastorch.callbacks import Callback, CallbackList
-from kerastorch.check import Report, check_model
+from kerastorch.check import check_model
 from kerastorch.data import (
     BatchSource,
     make_dataset,
@@ -38,6 +38,7 @@ from kerastorch.optimizers import (
     make_spanning_scheduler,
 )
 from kerastorch.progress import Progress, Verbose
+from kerastorch.report import Report
 from kerastorch.run import AUTOCAST_DTYPES, Compiled, Run
 
 if TYPE_CHECKING:
