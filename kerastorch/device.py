@@ -155,27 +155,42 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def get_random_state(*generators: torch.Generator) -> list[Any]:
+    """Return python's, numpy's, torch's and CUDA's random states, and those of the generators given."""
+    import numpy as np
+
+    return [
+        *(random.getstate(), np.random.get_state(), torch.get_rng_state()),
+        torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
+        torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+        [generator.get_state() for generator in generators],
+    ]
+
+
+def set_random_state(state: list[Any], *generators: torch.Generator) -> None:
+    """Set what get_random_state returned, for the same generators."""
+    import numpy as np
+
+    python_state, numpy_state, torch_state, cuda_states, mps_state, own_states = state
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(torch_state)
+    if cuda_states is not None:
+        torch.cuda.set_rng_state_all(cuda_states)
+    if mps_state is not None:
+        torch.mps.set_rng_state(mps_state)
+    for generator, own_state in zip(generators, own_states, strict=True):
+        generator.set_state(own_state)
+
+
 @contextmanager
 def preserved_random_state(*generators: torch.Generator) -> Iterator[None]:
     """Put python's, numpy's, torch's and CUDA's random states back, at the end, to what they were at the start.
 
     generators: others to put back too.
     """
-    import numpy as np
-
-    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    mps_state = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-    own_states = [generator.get_state() for generator in generators]
+    state = get_random_state(*generators)
     try:
         yield
     finally:
-        for generator, state in zip(generators, own_states, strict=True):
-            generator.set_state(state)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
-        if mps_state is not None:
-            torch.mps.set_rng_state(mps_state)
+        set_random_state(state, *generators)

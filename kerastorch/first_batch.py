@@ -6,12 +6,13 @@ No extra forward and no random draw; a few values are read back from the device,
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kerastorch.device import Nested, describe, leaves, num_samples, pick_output
+from kerastorch.device import Nested, describe, leaves, num_samples, output_name, pick_output
 from kerastorch.losses import OutputLosses, loss_scale
 
 _FIRST_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.modules.batchnorm._BatchNorm)
@@ -27,13 +28,18 @@ def signature(x: Nested, y: Nested) -> tuple[object, ...]:
     )
 
 
-def check_inputs(name: str, net: nn.Module, x: Nested, y: Nested, sample_weight: Nested, mixed_precision: bool) -> None:
+def check_inputs(
+    name: str, net: nn.Module, fn: object, x: Nested, y: Nested, sample_weight: Nested, mixed_precision: bool
+) -> None:
     """Raise ValueError for a batch whose parts differ in size, or whose x the net's first layer can't take.
 
-    name: what the data is called.
+    name: what the data is called.   fn: the loss; a function of one's own may take targets of any size.
     """
     samples = num_samples(x)
-    for what, part in (("y", y), ("sample_weight", sample_weight)):
+    if samples == 0:
+        raise ValueError(f"{name}: the first batch has 0 samples: x is {describe(x)}.")
+    is_known = isinstance(fn, OutputLosses) or loss_scale(fn) != "unknown"
+    for what, part in (("y", y if is_known else None), ("sample_weight", sample_weight)):
         for leaf in leaves(part):
             if isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != samples):
                 size = len(leaf) if leaf.dim() else "no"
@@ -45,11 +51,13 @@ def check_inputs(name: str, net: nn.Module, x: Nested, y: Nested, sample_weight:
     if layer is None or not isinstance(x, Tensor):
         return
     dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), x.dtype)
-    if x.dtype != dtype and not (mixed_precision and x.is_floating_point()):
+    is_autocast = mixed_precision and x.is_floating_point() and x.dtype != torch.float64  # which autocast leaves alone
+    if x.dtype != dtype and not is_autocast:
         wanted = str(dtype).removeprefix("torch.")
         raise ValueError(
             f"x is {describe(x)}, but the first layer {layer} has {wanted} weights: convert it, x.to(torch.{wanted})"
             + (", and scale it, as x / 255." if x.dtype == torch.uint8 else ".")
+            + (" Arrays become float32, tensors stay as they are." if dtype == torch.float64 else "")
         )
     if isinstance(layer, nn.Linear) and not is_flattened and x.shape[-1] != layer.in_features:
         raise ValueError(
@@ -58,14 +66,23 @@ def check_inputs(name: str, net: nn.Module, x: Nested, y: Nested, sample_weight:
         )
 
 
-def check_outputs(net: nn.Module, fn: object, x: Nested, outputs: Nested, y: Nested) -> None:
+def check_outputs(
+    net: nn.Module, fn: object, x: Nested, outputs: Nested, y: Nested, *, warns: bool = True, of: str = ""
+) -> None:
     """Raise ValueError, or warn, where outputs and targets are not what a torch loss takes.
 
     fn: the loss, or OutputLosses; functions of one's own are only looked at for NaN.
+    warns: whether to warn too.   of: which of several outputs this is, for the messages.
     """
     if isinstance(fn, OutputLosses):
+        if isinstance(y, (tuple, list, Mapping)) and len(y) > len(fn.losses):
+            raise ValueError(
+                f"the batch has {len(y)} targets, but there are losses for {len(fn.losses)} outputs "
+                f"({', '.join(map(output_name, fn.losses))}): nothing would be learnt from the rest."
+            )
         for key, part in fn.losses.items():
-            check_outputs(net, part, x, pick_output(outputs, key, "the outputs"), pick_output(y, key, "the targets"))
+            parts = pick_output(outputs, key, "the outputs"), pick_output(y, key, "the targets")
+            check_outputs(net, part, x, *parts, warns=warns, of=f" of {output_name(key)}")
         return
     scale = loss_scale(fn)
     if y is None and scale != "unknown":
@@ -78,19 +95,27 @@ def check_outputs(net: nn.Module, fn: object, x: Nested, outputs: Nested, y: Nes
         return
     if not _is_finite(y):
         raise ValueError(f"y has {_count_bad(y)} in the first batch ({describe(y)}): drop or fill those rows.")
-    name = getattr(fn, "__name__", type(fn).__name__)
+    name = getattr(fn, "__name__", type(fn).__name__) + of
     if not isinstance(outputs, Tensor) or not isinstance(y, Tensor):
         raise ValueError(
             f"the loss {name} takes one tensor of outputs and one of targets, but outputs are {describe(outputs)} and "
             f"targets {describe(y)}: for several outputs give a list or dict of losses, one for each."
         )
+    outputs = outputs.detach()
     if scale in ("class_logits", "log_probabilities"):
         _check_classes(name, fn, outputs, y)
     else:
-        _check_same_shape(name, outputs, y)
+        takes_counts = isinstance(fn, nn.PoissonNLLLoss) or fn is nn.functional.poisson_nll_loss
+        _check_same_shape(name, outputs, y, takes_counts)
         if scale in ("label_logits", "probabilities"):
-            _check_labels(name, outputs, y)
-    _warn_of_activation(name, scale, net, outputs)
+            _check_labels(name, scale, outputs, y)
+    if scale == "log_probabilities" and bool((outputs > 1e-3).any()):
+        raise ValueError(
+            f"the loss {name} takes log-probabilities, but the outputs reach {float(outputs.max()):.3g}: end the net "
+            "in nn.LogSoftmax(1), or use 'cross_entropy' on logits."
+        )
+    if warns:
+        _warn_of_activation(name, scale, net, outputs.float())
 
 
 def _check_outputs_finite(net: nn.Module, x: Nested, outputs: Nested) -> None:
@@ -132,9 +157,9 @@ def _check_classes(name: str, fn: object, outputs: Tensor, y: Tensor) -> None:
             f"the loss {name} takes targets of shape {tuple(indices_shape)} for outputs {describe(outputs)}, "
             f"but they are {describe(y)}."
         )
-    if y.is_floating_point() or y.dtype == torch.bool:
+    if y.dtype not in (torch.int64, torch.uint8):
         raise ValueError(
-            f"the loss {name} takes class indices as integers, but targets are {describe(y)}: use y.long()."
+            f"the loss {name} takes class indices as integers (int64), but targets are {describe(y)}: use y.long()."
         )
     ignored = getattr(fn, "ignore_index", -100)
     counted = y[y != ignored]
@@ -146,8 +171,13 @@ def _check_classes(name: str, fn: object, outputs: Tensor, y: Tensor) -> None:
         )
 
 
-def _check_same_shape(name: str, outputs: Tensor, y: Tensor) -> None:
-    if not y.is_floating_point() and not y.is_complex():
+def _check_same_shape(name: str, outputs: Tensor, y: Tensor, takes_counts: bool) -> None:
+    if outputs.dim() == 2 and outputs.shape[1] > 1 and y.shape == outputs.shape[:1]:
+        raise ValueError(
+            f"the loss {name} compares number with number, but outputs are {describe(outputs)} and targets "
+            f"{describe(y)}: for class indices use 'cross_entropy'."
+        )
+    if not y.is_floating_point() and not y.is_complex() and not takes_counts:
         raise ValueError(
             f"the loss {name} takes float targets, but they are {describe(y)}: use y.float(), or numpy's "
             "y.astype('float32')."
@@ -161,19 +191,17 @@ def _check_same_shape(name: str, outputs: Tensor, y: Tensor) -> None:
         fix = ": use outputs.squeeze(1) in the net, or y.unsqueeze(1)"
     elif y.shape == (*outputs.shape, 1):
         fix = ": use y.squeeze(1)"
-    elif outputs.dim() == 2 and y.shape == outputs.shape[:1]:
-        fix = ": for class indices use 'cross_entropy'"
     raise ValueError(
         f"the loss {name} compares number with number, but outputs are {describe(outputs)} and targets {describe(y)}; "
         f"torch would stretch one over the other{fix}."
     )
 
 
-def _check_labels(name: str, outputs: Tensor, y: Tensor) -> None:
+def _check_labels(name: str, scale: str, outputs: Tensor, y: Tensor) -> None:
     low, high = float(y.min()), float(y.max())
     if low < 0 or high > 1:
         raise ValueError(f"the loss {name} takes targets from 0 to 1, but they run from {low:g} to {high:g}.")
-    if name in ("BCELoss", "binary_cross_entropy") and not (0 <= float(outputs.min()) <= float(outputs.max()) <= 1):
+    if scale == "probabilities" and not (0 <= float(outputs.min()) <= float(outputs.max()) <= 1):
         raise ValueError(
             f"the loss {name} takes probabilities, but outputs run from {float(outputs.min()):.3g} to "
             f"{float(outputs.max()):.3g}: end the net in a sigmoid, or use 'bce_with_logits'."
@@ -181,9 +209,7 @@ def _check_labels(name: str, outputs: Tensor, y: Tensor) -> None:
 
 
 def _warn_of_activation(name: str, scale: str, net: nn.Module, outputs: Tensor) -> None:
-    outputs = outputs.detach().float()
-    in_range = bool(((outputs >= 0) & (outputs <= 1)).all())
-    if scale == "class_logits" and in_range:
+    if scale == "class_logits" and bool(((outputs >= 0) & (outputs <= 1)).all()):
         sums = outputs.sum(1)
         if torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
             warnings.warn(
@@ -192,17 +218,13 @@ def _warn_of_activation(name: str, scale: str, net: nn.Module, outputs: Tensor) 
                 stacklevel=2,
             )
     last = [module for module in net.modules() if not list(module.children())][-1:]
-    ends_in_sigmoid = any(isinstance(module, nn.Sigmoid) for module in last)
-    if scale == "label_logits" and in_range and (ends_in_sigmoid or outputs.numel() >= 32):
+    is_many = outputs.dim() <= 2 and outputs.numel() >= 32  # logits of so many rows are not all above 0 by chance
+    looks_sigmoid = is_many or any(isinstance(module, nn.Sigmoid) for module in last)
+    if scale == "label_logits" and looks_sigmoid and bool(((outputs > 0) & (outputs < 1)).all()):
         warnings.warn(
             f"the loss {name} takes logits, but the outputs look like a sigmoid's (all from 0 to 1): remove the "
             "sigmoid from the net, or use torch.nn.BCELoss().",
             stacklevel=2,
-        )
-    if scale == "log_probabilities" and bool((outputs > 1e-3).any()):
-        raise ValueError(
-            f"the loss {name} takes log-probabilities, but the outputs reach {float(outputs.max()):.3g}: end the net "
-            "in nn.LogSoftmax(1), or use 'cross_entropy' on logits."
         )
 
 
@@ -210,7 +232,8 @@ def check_batch_norm(net: nn.Module, rows: int | None, batch_size: int | None, d
     """Warn where the last batch of training rows holds one sample, which BatchNorm1d can't normalise."""
     if rows is None or batch_size is None or (batch_size > 1 and (drop_last or rows % batch_size != 1)):
         return
-    if any(isinstance(module, nn.BatchNorm1d) for module in net.modules()):
+    kinds = {type(module) for module in net.modules()}
+    if nn.BatchNorm1d in kinds and kinds.isdisjoint((nn.Conv1d, nn.ConvTranspose1d)):  # over (N, C, L) one will do
         warnings.warn(
             f"{rows} rows in batches of {batch_size} leave a batch of one sample, which BatchNorm1d refuses in "
             "training: use drop_last=True or another batch_size.",
@@ -221,7 +244,7 @@ def check_batch_norm(net: nn.Module, rows: int | None, batch_size: int | None, d
 def check_devices(net: nn.Module, device: torch.device) -> None:
     """Raise ValueError where the net was moved off the Model's device after the Model was made."""
     for name, parameter in net.named_parameters():
-        if parameter.device != device and parameter.device.type != "meta":
+        if parameter.device != device:
             raise ValueError(
                 f"the parameter {name!r} is on {parameter.device}, but the Model is on {device}: give "
                 "Model(net, device=...) the device, and leave the net there."
@@ -231,14 +254,14 @@ def check_devices(net: nn.Module, device: torch.device) -> None:
 def _first_layer(net: nn.Module) -> tuple[nn.Module | None, bool]:
     """Return the layer that x meets first, where plain Sequentials make that sure, and whether x is reshaped before."""
     is_reshaped = False
-    while type(net) is nn.Sequential:
+    while type(net) is nn.Sequential and not net._forward_pre_hooks:  # a hook may convert x
         layers = list(net)
         while layers and isinstance(layers[0], _SHAPELESS):
             is_reshaped |= isinstance(layers.pop(0), (nn.Flatten, nn.Unflatten))
         if not layers:
             return None, is_reshaped
         net = layers[0]
-    return (net if type(net) in _known_layers() else None), is_reshaped
+    return (net if type(net) in _known_layers() and not net._forward_pre_hooks else None), is_reshaped
 
 
 def _known_layers() -> set[type[Any]]:

@@ -197,10 +197,15 @@ class NamedMetric:
         import torchmetrics
 
         arguments = {**arguments, "validate_args": False}  # its checks read values back from the device at every update
-        if task == "Binary" and reads == "classes" and "average" in arguments and self.name not in _AVERAGED:
+        if task == "Binary" and "average" in arguments and self.name not in _AVERAGED:
             task = "Multiclass"  # an average that the name asks for is over both classes
             arguments["num_classes"] = 2
-            self.prepare = lambda outputs, y: ((scores(outputs.flatten()) > 0.5).long(), (y.flatten() > 0.5).long())
+
+            def of_both(outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+                yes = scores(outputs.flatten().float())
+                return torch.stack((1 - yes, yes), 1), (y.flatten() > 0.5).long()
+
+            self.prepare = of_both
         elif task == "Binary":
             arguments.pop("average", None)
             self.prepare = lambda outputs, y: (scores(outputs.flatten().float()), (y.flatten() > 0.5).long())

@@ -23,7 +23,14 @@ from kerastorch.data import (
     to_tensors,
     warn_if_shuffled,
 )
-from kerastorch.device import Nested, move_to_device, preserved_random_state, resolve_device
+from kerastorch.device import (
+    Nested,
+    get_random_state,
+    move_to_device,
+    preserved_random_state,
+    resolve_device,
+    set_random_state,
+)
 from kerastorch.errors import check_choice, check_int, did_you_mean
 from kerastorch.history import History, LogValue
 from kerastorch.loops import Loop, is_own_loop, make_loop
@@ -321,9 +328,11 @@ class Model:
         unpack = self._compiled.unpack if self._compiled is not None and needs_unpack(x, None) else None
         data = make_dataset(x, caller="predict_iter")
         source = make_source(data, name="predict_iter()'s data", batch_size=batch_size, unpack=unpack)
-        batches = source.one_pass(steps)
+        batches, generators = source.one_pass(steps), source.generators
+        own_state = get_random_state(*generators)  # a stream of its own, so that the caller's is never moved
         while True:
-            with preserved_random_state():
+            with preserved_random_state(*generators):
+                set_random_state(own_state, *generators)
                 batch = next(batches, None)
                 if batch is None:
                     return
@@ -332,6 +341,7 @@ class Model:
                 run = self._make_run(self._compiled, val_data=one, joins=False)
                 with self._running(run):
                     self._loop.predict(run)
+                own_state = get_random_state(*generators)
             yield run.last_outputs
 
     def check(self, x: Any, y: Any = None, *, batch_size: int | None = None, steps: int = 50) -> Report:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
@@ -388,22 +389,25 @@ class Run:
         elif isinstance(x, dict):
             self.forward = self._forward_dict
         else:
-            self.forward = self._forward_tuple if isinstance(x, (tuple, list)) else self.net
+            is_nest = isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence)
+            self.forward = self._forward_tuple if is_nest else self.net
         return x, y, sample_weight
 
     def _look_at_inputs(self, x: Nested, y: Nested, sample_weight: Nested) -> None:
         """Check a pass's first batch, and its outputs inside the next loss call, unless one of its kind has passed."""
-        kind = (self.sums is self.train_sums, *signature(x, y))
-        if kind in self._looked_at:
+        is_training = self.sums is self.train_sums
+        kind = signature(x, y)
+        if (is_training, kind) in self._looked_at:
             return
-        data = self.train_data if self.sums is self.train_sums else self.val_data
+        warns = (not is_training, kind) not in self._looked_at
+        data = self.train_data if is_training else self.val_data
         assert data is not None
-        check_inputs(data.name, self.net, x, y, sample_weight, self.mixed_precision is not None)
+        check_inputs(data.name, self.net, self.loss_fn.fn, x, y, sample_weight, self.mixed_precision is not None)
 
         def look_at_outputs(outputs: Nested, y: Nested) -> None:
-            check_outputs(self.net, self.loss_fn.fn, x, outputs, y)
+            check_outputs(self.net, self.loss_fn.fn, x, outputs, y, warns=warns)
             self.sums.infer(map_nested(_detach, outputs), y)
-            self._looked_at.add(kind)
+            self._looked_at.add((is_training, kind))
 
         self.loss_fn.on_first_batch = look_at_outputs
 

@@ -6,6 +6,7 @@ Sisters, in the order in which they use each other: weights.py, dataset.py, sour
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Number
 from typing import Any
 
 import torch
@@ -97,6 +98,8 @@ def _from_numpy(value: Any) -> Tensor:
     import numpy as np
 
     array = np.asarray(value)
+    if array.dtype == object and all(isinstance(item, (Number, np.bool_)) for item in array.flat):
+        array = array.astype(np.float64)  # columns of a DataFrame that are numbers of several kinds
     if array.dtype.kind not in "fiubc":
         raise TypeError(
             f"data must be numbers, got an array of dtype {array.dtype} and shape {array.shape}: "

@@ -121,7 +121,11 @@ def _is_arrays(value: Any, y: Any) -> bool:
             "a list of arrays alone could be several inputs or several batches: give ((a, b),) for one tuple of "
             "inputs, iter([...]) for batches."
         )
-    return y is not None or not any(map(is_array_or_nest, value))
+    return y is not None or not any(is_array_or_nest(item) or _is_list_of_arrays(item) for item in value)
+
+
+def _is_list_of_arrays(value: Any) -> bool:
+    return isinstance(value, list) and any(map(is_array_or_nest, value))
 
 
 def _common_length(columns: tuple[Nested, ...], caller: str) -> int:

@@ -63,6 +63,10 @@ class _Rows:
                 f"predict() can't join outputs of shapes (N, {', '.join(map(str, self._array.shape[1:]))}) and "
                 f"(N, {', '.join(map(str, part.shape[1:]))}): use predict_iter(), which gives them batch by batch."
             )
+        if part.dtype != self._array.dtype:
+            import numpy as np
+
+            self._array = self._array.astype(np.result_type(self._array, part))
         end = self._length + len(part)
         if end > len(self._array):
             self._array.resize((end + end // 4, *self._array.shape[1:]), refcheck=False)

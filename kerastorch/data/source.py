@@ -192,11 +192,16 @@ def _check_workers(loader: DataLoader[Any]) -> None:
     context = loader.multiprocessing_context or multiprocessing
     method = context.get_start_method(allow_none=True) or multiprocessing.get_all_start_methods()[0]
     in_notebook = not hasattr(sys.modules["__main__"], "__file__")
-    name = type(loader.dataset).__name__
-    if loader.num_workers and method != "fork" and in_notebook and type(loader.dataset).__module__ == "__main__":
+    sent: list[object] = [loader.collate_fn, loader.worker_init_fn]  # what the workers get besides the samplers
+    dataset: object = loader.dataset
+    while dataset is not None:
+        sent.append(type(dataset))
+        dataset = getattr(dataset, "dataset", None)
+    own = [getattr(part, "__name__", "") for part in sent if getattr(part, "__module__", "") == "__main__"]
+    if loader.num_workers and method != "fork" and in_notebook and own:
         raise ValueError(
-            f"the DataLoader has num_workers={loader.num_workers}, but its workers can't see the class {name}, which "
-            "was defined in this notebook: move the class into a .py file and import it, or use num_workers=0."
+            f"the DataLoader has num_workers={loader.num_workers}, but its workers can't see {own[0]!r}, which was "
+            "defined in this notebook: move it into a .py file and import it, or use num_workers=0."
         )
 
 

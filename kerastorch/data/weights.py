@@ -6,6 +6,7 @@ Sisters: arrays.py, source.py, predictions.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -84,7 +85,7 @@ class ClassWeight:
     """
 
     def __init__(self, weights: Mapping[int, float], loss: object, device: torch.device) -> None:
-        if not weights or not all(isinstance(key, int) and key >= 0 for key in weights):
+        if not weights or not all(isinstance(key, Integral) and int(key) >= 0 for key in weights):
             raise ValueError(f"class_weight takes {{class index from 0: weight}}, got {dict(weights)!r}.")
         if isinstance(loss, OutputLosses):
             raise ValueError("class_weight works with one output; give sample_weight for several.")
