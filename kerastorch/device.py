@@ -39,7 +39,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return torch.device("mps", 0) if torch.backends.mps.is_available() else torch.device("cpu")
     try:
         resolved = torch.device(device)
     except (RuntimeError, TypeError):
@@ -51,6 +51,10 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise ValueError(f"device {str(device)!r} is not there: this machine has {gpus} CUDA devices. Try 'auto'.")
     if resolved.type == "mps" and not torch.backends.mps.is_available():
         raise ValueError("device 'mps' is not there on this machine. Try 'auto'.")
+    if resolved.type == "cpu":
+        return torch.device("cpu")
+    if resolved.index is None and resolved.type in ("cuda", "mps"):  # parameters report the index too
+        return torch.device(resolved.type, torch.cuda.current_device() if torch.cuda.is_available() else 0)
     return resolved
 
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kerastorch.metrics import LogValue
 from kerastorch.plots import plot_curves
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
-
-LogValue = float | list[Any]  # a list where a metric gives more than one number, as a confusion matrix does
 
 
 class History:

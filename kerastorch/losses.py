@@ -56,7 +56,8 @@ class Loss:
 
     fn: a callable (outputs, y) -> scalar, or values per sample, whose mean is taken; or OutputLosses, one an output.
     outputs: what forward returned.   y: the batch's targets.   sample_weight: None, a tensor of shape (N,), or one
-    shaped as the losses before reduction: sum(sample_weight * losses) / their number is the loss, as in Keras.
+    shaped as the losses before reduction: sum(sample_weight * losses) / their number is the loss, as in Keras
+    (targets of the loss's ignore_index are not counted; its class weights do not change the number).
     parts: after a call with OutputLosses, the loss of each output, unweighted, by log name.
     on_first_batch: called once with (outputs, y) before the first loss is taken, to check them.
     Raises ValueError where weights are given to a loss without values per sample.
@@ -77,21 +78,31 @@ class Loss:
         if self._of_outputs is not None:
             return self._sum_of_outputs(outputs, y, sample_weight)
         if sample_weight is None:
-            loss = self.fn(outputs, y)
+            loss = self._checked(self.fn(outputs, y))
             return loss if loss.dim() == 0 else loss.mean()
-        losses = self.per_sample(outputs, y)
+        losses = self._checked(self.per_sample(outputs, y))
         if losses.dim() > 0 and sample_weight.shape == losses.shape[:1]:
             sample_weight = sample_weight.reshape(-1, *[1] * (losses.dim() - 1))
         elif losses.dim() == 0 or sample_weight.shape != losses.shape:
             raise ValueError(
                 f"sample_weight has shape {tuple(sample_weight.shape)}, but the loss {self.name} gives "
-                f"{describe(losses.detach())}: weights need a loss that gives one value per sample."
+                f"{describe(losses.detach())}: weights need shape (N,), and a loss that gives one value per sample."
             )
         weighted: Tensor = losses * sample_weight
         reduction = getattr(self.fn, "reduction", "mean")
         if reduction == "sum":
             return weighted.sum()
-        return weighted.sum() / len(weighted) if reduction == "batchmean" else weighted.mean()
+        if reduction == "batchmean":
+            return weighted.sum() / len(weighted)
+        ignored = ignored_class(self.fn)
+        if ignored is None or not isinstance(y, Tensor) or y.shape != losses.shape:
+            return weighted.mean()
+        return weighted.mean() * (y.numel() / (y != ignored).sum())  # targets left out are no elements
+
+    def _checked(self, loss: Any) -> Tensor:
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"the loss {self.name} must return a tensor, got {type(loss).__name__}.")
+        return loss
 
     def _sum_of_outputs(self, outputs: Nested, y: Nested, sample_weight: Nested) -> Tensor:
         fn = cast(OutputLosses, self.fn)
@@ -156,7 +167,8 @@ def make_loss(
         weights: dict[Any, float] = {}
         if loss_weights is not None:
             weights = dict(loss_weights) if isinstance(loss_weights, Mapping) else dict(enumerate(loss_weights))
-        if not specs or any(key not in specs for key in weights) or type(loss_weights) not in (type(None), type(loss)):
+        is_fitting = loss_weights is None or isinstance(loss_weights, Mapping) == isinstance(loss, Mapping)
+        if not specs or not is_fitting or any(key not in specs for key in weights):
             raise ValueError(
                 f"loss_weights={loss_weights!r} does not fit losses of {list(specs)}: give a factor for each, "
                 f"as a {type(loss).__name__}."

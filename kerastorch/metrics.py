@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     MetricSpec = str | Metric | MetricCollection | Callable[[Any, Any], Tensor]
 
-LogValue = float | list[Any]
+LogValue = float | list[Any]  # a list where a metric gives more than one number, as a confusion matrix does
 
 # Classification: name -> (torchmetrics class without its task, arguments, what it reads: "classes" or "scores").
 # Averages are over the classes ("macro"), where the name does not say otherwise; None: the class takes no average.
@@ -73,6 +74,7 @@ _HIGHER_IS_BETTER: dict[str, bool | None] = {
     "perplexity": False,
     "confusion_matrix": None,
 }
+COUNTED_HERE = {name for name, (cls, *_) in {**CLASSIFICATION, **REGRESSION}.items() if not cls} | {"perplexity"}
 WEIGHTED = (
     "acc",
     "accuracy",
@@ -140,8 +142,7 @@ class NamedMetric:
             return
         if self.name == "cosine_similarity" and outputs.dim() != 2:
             raise self._ambiguous(outputs, y, "it compares rows of a matrix")
-        import torchmetrics
-
+        torchmetrics = _import_torchmetrics()
         dtype = torch.float32 if outputs.device.type == "mps" else torch.float64  # their sums cancel in float32
 
         def prepare(outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -194,8 +195,7 @@ class NamedMetric:
                 y,
                 f"of two classes it could be class 1's or the mean of both, which is {self.name + '_macro'!r}",
             )
-        import torchmetrics
-
+        torchmetrics = _import_torchmetrics()
         arguments = {**arguments, "validate_args": False}  # its checks read values back from the device at every update
         if task == "Binary" and "average" in arguments and self.name not in _AVERAGED:
             task = "Multiclass"  # an average that the name asks for is over both classes
@@ -273,7 +273,9 @@ class MeanMetric:
         if sample_weight is not None:
             if values.dim() == 0:
                 raise ValueError("weighted_metrics needs functions that give one value per sample, not a mean.")
-            weight = sample_weight.reshape(-1, *[1] * (values.dim() - 1)).expand_as(values)
+            weight = sample_weight
+            if weight.shape != values.shape:
+                weight = weight.reshape(-1, *[1] * (values.dim() - 1)).expand_as(values)
             counts = weight if counts is None else weight * counts
         if values.dim() == 0:
             samples = num_samples(outputs)
@@ -391,26 +393,37 @@ def make_output_metrics(
 def _make_metric(spec: MetricSpec, scale: str, ignore_index: int | None, weighted: bool) -> AnyMetric:
     if isinstance(spec, str):
         look_up("metric", spec, METRICS)
-    import torchmetrics  # seconds, the first time: here, in compile, not in the first step
-
-    if isinstance(spec, str):
         name = canonical(spec)
+        if name not in COUNTED_HERE:
+            _import_torchmetrics()  # seconds, the first time: here, in compile, not in the first step
         if weighted and name not in WEIGHTED:
             raise ValueError(f"weighted_metrics can't weigh {spec!r}; it takes {', '.join(WEIGHTED)} and functions.")
         return NamedMetric(name, scale, ignore_index)
-    if isinstance(spec, (torchmetrics.Metric, torchmetrics.MetricCollection)):
+    torchmetrics = sys.modules.get("torchmetrics")  # not loaded: then none of its objects was given
+    if torchmetrics is not None and isinstance(spec, (torchmetrics.Metric, torchmetrics.MetricCollection)):
         if weighted:
             raise ValueError(
                 f"weighted_metrics can't give sample weights to {type(spec).__name__}; it takes {', '.join(WEIGHTED)} "
                 "and functions (outputs, y) -> one value per sample."
             )
-        return spec.clone()
+        return cast(AnyMetric, spec).clone()
     if isinstance(spec, type) or not callable(spec):
         example = f": give an object, {spec.__name__}(...)" if isinstance(spec, type) else ""
         raise TypeError(
             f"a metric must be a name, a torchmetrics object or a function (outputs, y), got {spec}{example}."
         )
     return MeanMetric(spec)
+
+
+def _import_torchmetrics() -> Any:
+    try:
+        import torchmetrics
+    except (ImportError, RuntimeError) as error:
+        raise ImportError(
+            f"torchmetrics can't be loaded ({error}). It loads torchvision where that is installed: if that was built "
+            f"for another torch than {torch.__version__}, install the torchvision that matches, or remove it."
+        ) from error
+    return torchmetrics
 
 
 def _name_of(spec: object) -> str:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, cast
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import nn
@@ -32,17 +31,17 @@ from kerastorch.device import (
     set_random_state,
 )
 from kerastorch.errors import check_choice, check_int, did_you_mean
-from kerastorch.history import History, LogValue
+from kerastorch.history import History
 from kerastorch.loops import Loop, is_own_loop, make_loop
 from kerastorch.losses import LOSSES, LossFunction, LossSpec, OutputLosses, ignored_class, loss_scale, make_loss
-from kerastorch.metrics import AnyMetric, make_metrics, make_output_metrics
+from kerastorch.metrics import AnyMetric, LogValue, make_metrics, make_output_metrics
 from kerastorch.optimizers import (
     OPTIMIZERS,
     OptimizerFactory,
     SchedulerFactory,
     make_optimizer,
     make_scheduler,
-    make_spanning_scheduler,
+    spanning_scheduler,
 )
 from kerastorch.progress import Progress, Verbose
 from kerastorch.report import Report
@@ -113,13 +112,14 @@ class Model:
         """
         _refuse_unknown("compile", unknown, Model.compile)
         _refuse_swapped(loss, optimizer)
-        self._put_learning_rates_back()
         check_choice("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step"))
         check_choice("mixed_precision", mixed_precision, (None, *AUTOCAST_DTYPES))
         check_int("gradient_accumulation_steps", gradient_accumulation_steps)
         for argument, value in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
-            if value is not None and not value > 0:
-                raise ValueError(f"{argument} must be above 0, got {value}.")
+            if value is not None and (isinstance(value, (bool, str)) or not value > 0):
+                raise ValueError(f"{argument} must be above 0, got {value!r}.")
+        if unpack is not None and not callable(unpack):
+            raise TypeError(f"unpack must be a function of a batch, got {unpack!r}.")
         made_loop = make_loop(loop)
         loss_fn = make_loss(loss, self.device, loss_weights)
         made_optimizer = make_optimizer(optimizer, self.net, loss_fn, param_groups)
@@ -142,7 +142,6 @@ class Model:
             metrics=made_metrics,
             weighted_metrics=made_weighted,
             lr_scheduler=scheduler,
-            learning_rates=[group["lr"] for group in made_optimizer.param_groups],
             lr_scheduler_interval=lr_scheduler_interval,
             mixed_precision=mixed_precision,
             gradient_accumulation_steps=gradient_accumulation_steps,
@@ -204,6 +203,8 @@ class Model:
             raise ValueError(f"initial_epoch={initial_epoch} must be below epochs={epochs}, the final index.")
         for freq in validation_freq if isinstance(validation_freq, Collection) else [validation_freq]:
             check_int("validation_freq", freq)
+        if isinstance(validation_freq, Collection) and not validation_freq:
+            raise ValueError("validation_freq=[] names no epoch to validate in; leave validation_data away instead.")
         check_choice("shuffle", shuffle, (True, False))
         data = make_dataset(x, y, sample_weight, caller="fit")
         if not shuffle:
@@ -211,8 +212,8 @@ class Model:
         val_data: BatchSource | None = None
         val_unpack = compiled.unpack if needs_unpack(validation_data, None) else None
         if validation_data is None and validation_split:
-            if not 0 < validation_split < 1:
-                raise ValueError(f"validation_split must be between 0 and 1, got {validation_split}.")
+            if not isinstance(validation_split, float) or not 0 < validation_split < 1:
+                raise ValueError(f"validation_split must be between 0 and 1, got {validation_split!r}.")
             data, validation_data = split_dataset(data, validation_split)
             val_unpack = compiled.unpack if needs_unpack(x, y) else None
         source = make_source(
@@ -224,7 +225,7 @@ class Model:
             unpack=compiled.unpack if needs_unpack(x, y) else None,
         )
         if validation_data is not None:
-            rows = make_dataset(validation_data, caller="fit(validation_data=...)")
+            rows = make_dataset(validation_data, caller="validation_data of fit")
             if validation_batch_size is None and isinstance(rows, torch.utils.data.Dataset):
                 validation_batch_size = batch_size
             val_data = make_source(
@@ -251,11 +252,10 @@ class Model:
             class_weight=class_weight,
             logs_are_known=not is_own_loop(self._loop) and callback_list.are_all_built_in,
         )
-        run.check()
+        run.check_before_start()
         run.history = History(self, run.params)
-        run.lr_scheduler = self._scheduler_for(run, compiled)
         try:
-            with self._running(run):
+            with self._running(run), self._scheduler(run, compiled) as run.lr_scheduler:
                 self._loop.fit(run)
         finally:
             self.history.extend(run.history)
@@ -359,14 +359,14 @@ class Model:
     ) -> dict[str, LogValue]:
         """Train on one batch, with an optimizer update; return {"loss": ..., metric: ...} of this batch alone.
 
-        x, y, sample_weight, class_weight: as in fit. A scheduler that steps by update advances, one that steps by epoch
-        does not; no History.   Raises as fit does.
+        x, y, sample_weight, class_weight: as in fit. A scheduler that steps by update advances; one that steps by
+        epoch, or that spans a fit, does not; no History.   Raises as fit does.
         """
         compiled = self._get_compiled("train_on_batch")
         source = _one_batch(x, y, sample_weight, "train_on_batch")
         run = self._make_run(compiled, train_data=source, class_weight=class_weight)
-        if compiled.lr_scheduler_interval == "step":
-            run.lr_scheduler = self._scheduler_for(run, compiled)
+        if compiled.lr_scheduler_interval == "step" and not isinstance(compiled.lr_scheduler, str):
+            run.lr_scheduler = compiled.lr_scheduler
         with self._running(run):
             self._loop.fit(run)
         return run.epoch_logs()
@@ -375,14 +375,14 @@ class Model:
         """Return {"loss": ..., metric: ...} of one batch in eval mode.   Raises as fit does."""
         compiled = self._get_compiled("test_on_batch")
         run = self._make_run(compiled, val_data=_one_batch(x, y, sample_weight, "test_on_batch"))
-        with self._running(run):
+        with preserved_random_state(), self._running(run):
             self._loop.evaluate(run)
         return run.val_logs
 
     def predict_on_batch(self, x: Any) -> Nested:
         """Return the outputs for one batch in eval mode: numpy arrays, nested as the outputs are."""
         run = self._make_run(self._compiled, val_data=_one_batch(x, None, None, "predict_on_batch"))
-        with self._running(run):
+        with preserved_random_state(), self._running(run):
             self._loop.predict(run)
         return run.predictions()
 
@@ -438,18 +438,21 @@ class Model:
             batch_size=batch_size,
             unpack=compiled.unpack if compiled is not None and needs_unpack(x, y) else None,
         )
-        return self._make_run(
+        run = self._make_run(
             compiled,
             callbacks=CallbackList(callbacks),
             progress=Progress(verbose),
             val_data=source,
             validation_steps=steps,
         )
+        run.check_before_start()
+        return run
 
     @contextmanager
     def _running(self, run: Run) -> Iterator[None]:
         """Lend the loop to run; a call from inside another's callback gives it back to that one."""
         outer, self._run = self._run, run
+        bound: Run | None = vars(self._loop).get("run")  # another Model's, where two share a loop
         training = {module: module.training for module in self.net.modules()}
         self._loop.bind(run)
         try:
@@ -463,28 +466,18 @@ class Model:
             run.callbacks.close()
         finally:
             self._run = outer
-            if outer is not None:
-                self._loop.bind(outer)
+            self._loop.unbind()
+            if bound is not None:
+                self._loop.bind(bound)
+            run.release()
             for module, flag in training.items():
                 module.training = flag
             run.progress.close()
 
-    def _put_learning_rates_back(self) -> None:
-        """Undo what a scheduler given by name did to an optimizer that the next compile() may be given again."""
-        former = self._compiled
-        if former is not None and isinstance(former.lr_scheduler, str):
-            for group, learning_rate in zip(former.optimizer.param_groups, former.learning_rates, strict=True):
-                group["lr"] = learning_rate
-
-    def _scheduler_for(self, run: Run, compiled: Compiled) -> LRScheduler | None:
+    def _scheduler(self, run: Run, compiled: Compiled) -> AbstractContextManager[LRScheduler | None]:
         if not isinstance(compiled.lr_scheduler, str):
-            return compiled.lr_scheduler
-        total: int | None = run.epochs - run.initial_epoch
-        if compiled.lr_scheduler_interval == "step":
-            batches = run.num_batches
-            windows = batches and math.ceil(batches / compiled.gradient_accumulation_steps)
-            total = windows and windows * cast(int, total)
-        return make_spanning_scheduler(compiled.lr_scheduler, compiled.optimizer, compiled.learning_rates, total)
+            return nullcontext(compiled.lr_scheduler)
+        return spanning_scheduler(compiled.lr_scheduler, compiled.optimizer, run.num_scheduler_steps)
 
 
 def _one_batch(x: Any, y: Any, sample_weight: Any, verb: str) -> BatchSource:

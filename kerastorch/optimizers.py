@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -47,6 +48,8 @@ SPANNING_SCHEDULERS: dict[str, Callable[[Optimizer, int], LRScheduler]] = {
         cycle_momentum=all(group.get("momentum") or "betas" in group for group in optimizer.param_groups),
     ),
 }
+_SCHEDULED = ("lr", "momentum", "betas")  # what they change
+ONE_CYCLE_STEPS = 4
 SCHEDULERS: dict[str, SchedulerFactory | str] = {
     **{name: name for name in SPANNING_SCHEDULERS},
     "reduce_on_plateau": ReduceLROnPlateau,
@@ -124,7 +127,10 @@ def _make_fused(cls: OptimizerFactory, groups: list[Any], net: nn.Module) -> Opt
     parameters = [p for group in groups for p in (group["params"] if isinstance(group, dict) else [group])]
     is_sparse = any(getattr(module, "sparse", False) is True for module in net.modules())
     has_fused = "fused" in inspect.signature(cls).parameters
-    if has_fused and not is_sparse and all(parameter.is_floating_point() for parameter in parameters):
+    # Some torch releases have fused Adagrad on the CPU alone, and say so no earlier than at the first step.
+    on_its_device = cls is not torch.optim.Adagrad or all(parameter.is_cpu for parameter in parameters)
+    is_dense = not is_sparse and all(parameter.is_floating_point() for parameter in parameters)
+    if has_fused and is_dense and on_its_device:
         try:
             return cast(Callable[..., Optimizer], cls)(groups, fused=True)
         except RuntimeError:  # torch says so where it has no fused step for this device
@@ -175,6 +181,8 @@ def make_scheduler(
         lr_scheduler = lr_scheduler(optimizer)
         if not isinstance(lr_scheduler, LRScheduler):
             raise TypeError(f"lr_scheduler must make a torch scheduler, but {given!r} made a {type(lr_scheduler)}.")
+    if isinstance(lr_scheduler, ReduceLROnPlateau) and lr_scheduler.mode == "max":
+        raise ValueError("ReduceLROnPlateau is given val_loss, or loss, which falls: make it with mode='min'.")
     if lr_scheduler.optimizer is not optimizer:
         name = type(lr_scheduler).__name__
         raise ValueError(
@@ -184,20 +192,34 @@ def make_scheduler(
     return lr_scheduler
 
 
-def make_spanning_scheduler(
-    name: str, optimizer: Optimizer, learning_rates: Sequence[float], total: int | None
-) -> LRScheduler:
-    """Return the scheduler of this name over the `total` scheduler steps of one fit, starting from learning_rates.
+@contextmanager
+def spanning_scheduler(name: str, optimizer: Optimizer, total: int | None) -> Iterator[LRScheduler]:
+    """Give the scheduler of this name over the `total` scheduler steps of one fit; at the end put the rates back.
 
-    "cosine" anneals to 0 over the fit; "one_cycle" rises to the optimizer's rate and falls.
-    Raises ValueError where the number of steps is not known.
+    "cosine" anneals to 0 over the fit; "one_cycle" rises to the optimizer's rate and falls, momentum the other way.
+    Raises ValueError where the number of steps is not known, or too small for one_cycle's rise and fall.
     """
     if total is None:
         raise ValueError(
             f"lr_scheduler={name!r} spans the fit, but the training data has no length: give steps_per_epoch, "
             "or a scheduler object."
         )
-    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=True):
-        group["lr"] = learning_rate
-        group.pop("initial_lr", None)  # an earlier fit's, which a scheduler would start from
-    return SPANNING_SCHEDULERS[name](optimizer, total)
+    if name == "one_cycle" and total < ONE_CYCLE_STEPS:
+        raise ValueError(
+            f"lr_scheduler='one_cycle' would rise and fall within {total} steps; it needs {ONE_CYCLE_STEPS}: "
+            "use lr_scheduler_interval='step', or more epochs."
+        )
+    before = [
+        {key: float(value) if isinstance(value, Tensor) else value for key, value in group.items() if key in _SCHEDULED}
+        for group in optimizer.param_groups
+    ]
+    try:
+        yield SPANNING_SCHEDULERS[name](optimizer, total)
+    finally:
+        for group, options in zip(optimizer.param_groups, before, strict=False):
+            for key, value in options.items():
+                if isinstance(group[key], Tensor):
+                    group[key].fill_(value)
+                else:
+                    group[key] = value
+            group.pop("initial_lr", None)  # from which the next fit's scheduler would start

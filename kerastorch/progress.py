@@ -34,7 +34,9 @@ class Progress:
         self._title, self._done, self._begun = title, 0, time.monotonic()
         self._next_refresh = self._begun + REFRESH_SECONDS
         if self.shows_bar:
-            self._bar = _tqdm()(total=total, desc=title, unit="batch", mininterval=0, miniters=1, **_size())
+            self._bar = _tqdm()(
+                total=total, desc=title, unit="batch", mininterval=0, miniters=1, leave=False, **_size()
+            )
 
     def update(self, done: int, read_logs: Callable[[], Mapping[str, Any]]) -> None:
         """Show `done` batches and the logs, unless the last refresh is too near: then nothing is read."""
@@ -45,19 +47,20 @@ class Progress:
         self._bar.update(done - self._bar.n)
         self._next_refresh = time.monotonic() + REFRESH_SECONDS
 
-    def end(self, logs: Mapping[str, Any]) -> None:
-        """Show the final logs and leave the bar or line standing."""
+    def clear(self) -> None:
+        """Take the bar off the screen, so that callbacks print on a line of their own."""
         if self._bar is not None:
-            self._bar.total = self._done
-            self._bar.set_postfix_str(format_logs(logs, ", "), refresh=False)
-            self._bar.update(self._done - self._bar.n)
-            self.close()
-        elif self.shows_line:
+            self._bar.clear()
+
+    def end(self, logs: Mapping[str, Any]) -> None:
+        """Put a line with the final logs in the bar's place."""
+        self.close()
+        if self.shows_bar or self.shows_line:
             seconds = time.monotonic() - self._begun
             print(" - ".join(filter(None, (self._title, f"{seconds:.1f}s", format_logs(logs, " - ")))), flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands; harmless where there is none."""
+        """Take the bar off the screen for good; harmless where there is none."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -5,6 +5,7 @@ The loops in loops/ hold the training recipe; Run moves data, counts, keeps sums
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -19,9 +20,9 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from kerastorch.data import BatchSource, ClassWeight, Predictions, to_numpy
 from kerastorch.device import Nested, map_nested, move_to_device, num_samples
 from kerastorch.first_batch import check_batch_norm, check_devices, check_inputs, check_outputs, signature
-from kerastorch.history import History, LogValue
+from kerastorch.history import History
 from kerastorch.losses import Loss, LossFunction
-from kerastorch.metrics import AnyMetric, PassSums, known_logs, may_name_results
+from kerastorch.metrics import AnyMetric, LogValue, PassSums, known_logs, may_name_results
 from kerastorch.progress import Progress
 
 if TYPE_CHECKING:
@@ -39,7 +40,6 @@ class Compiled:
     scaler: torch.amp.GradScaler
     metrics: dict[str, AnyMetric] = field(default_factory=dict)
     lr_scheduler: LRScheduler | str | None = None
-    learning_rates: list[float] = field(default_factory=list)  # those that a scheduler by name starts from
     lr_scheduler_interval: str = "epoch"
     mixed_precision: str | None = None
     gradient_accumulation_steps: int = 1
@@ -115,6 +115,7 @@ class Run:
         self.validation_steps, self.validation_freq = validation_steps, validation_freq
         self.history = History()
         self.logs_are_known = False  # whether log_names lists all that can ever be monitored
+        self.added_logs: list[str] = []  # keys that callbacks say, in on_train_begin, they will add to an epoch's logs
 
         self.mixed_precision: str | None = None
         self.lr_scheduler: LRScheduler | None = None
@@ -148,7 +149,7 @@ class Run:
         self._predictions = Predictions()
         self.joins, self.last_outputs = joins, None  # whether predictions of all batches are kept, or the last
 
-    def check(self) -> None:
+    def check_before_start(self) -> None:
         """Raise ValueError for what can be known to fail: data read only once but needed again, a net moved elsewhere.
 
         Warns where the last batch leaves batch norm a single sample.
@@ -170,6 +171,13 @@ class Run:
                     f"{self.val_data.name} is an iterator, which can be read once, but {len(due)} epochs validate: "
                     "give an object that can be iterated anew."
                 )
+
+    def release(self) -> None:
+        """Let go of what the call no longer needs: its callbacks' hold on it, and loader workers between two epochs."""
+        for callback in self.callbacks.callbacks:
+            vars(callback).pop("run", None)
+        if self.train_data is not None:
+            self.train_data.restart()
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -193,6 +201,7 @@ class Run:
             self.callbacks.on_epoch_begin(epoch, {})
             yield epoch
             logs = self.epoch_logs()
+            self.progress.clear()
             self.callbacks.on_epoch_end(epoch, logs)
             self.history.append(epoch, logs)
             self.progress.end(logs)
@@ -205,6 +214,14 @@ class Run:
             return self.steps_per_epoch or self.train_data.num_batches
         assert self.val_data is not None
         return self.validation_steps or self.val_data.num_batches
+
+    @property
+    def num_scheduler_steps(self) -> int | None:
+        """How often advance_lr_scheduler will step in this fit, or None where that is not known."""
+        epochs = self.epochs - self.initial_epoch
+        if self.lr_scheduler_interval == "epoch":
+            return epochs
+        return epochs * math.ceil(self.num_batches / self.gradient_accumulation_steps) if self.num_batches else None
 
     @property
     def params(self) -> dict[str, Any]:
@@ -231,9 +248,10 @@ class Run:
 
     @property
     def log_names(self) -> list[str]:
-        """The names that the logs of an epoch hold, metrics that name their own results left out."""
+        """The names that the logs of an epoch hold, added_logs too; metrics that name their own results left out."""
         names = list(self.higher_is_better)
-        return names + [f"val_{name}" for name in names] if self.val_data is not None else names
+        val_names = [f"val_{name}" for name in names] if self.val_data is not None else []
+        return list(dict.fromkeys(names + val_names + self.added_logs))
 
     # ---- training batches ----
 
@@ -309,20 +327,23 @@ class Run:
     def advance_lr_scheduler(self, interval: Literal["epoch", "step"]) -> None:
         """Step the scheduler of compile() where it steps by this interval; "step" counts optimizer updates.
 
-        ReduceLROnPlateau is given val_loss, or loss in an epoch without validation.
+        ReduceLROnPlateau is given val_loss, or loss where there is no validation; it waits for an epoch that validates.
         """
         if self.lr_scheduler is None or interval != self.lr_scheduler_interval:
             return
         if interval == "step" and not self.step_is_due:
             return
         if isinstance(self.lr_scheduler, ReduceLROnPlateau):
-            logs = self.epoch_logs()
-            self.lr_scheduler.step(cast(float, logs.get("val_loss", logs["loss"])))
+            name = "loss" if self.val_data is None else "val_loss"
+            if name in self.epoch_logs():
+                self.lr_scheduler.step(cast(float, self.epoch_logs()[name]))
         else:
             self.lr_scheduler.step()
 
     def record(self, loss: Tensor, outputs: Nested, y: Nested, sample_weight: Tensor | None = None) -> None:
         """Add this batch to the sums of the running pass. They stay on the device: no sync."""
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"a step must return (loss, outputs) with a tensor as loss, got {type(loss).__name__}.")
         outputs = map_nested(_detach, outputs) if self.sums.all_metrics else None
         self.sums.update(loss.detach(), outputs, y, self.num_samples, sample_weight, self.loss_fn.parts)
 
@@ -413,7 +434,7 @@ class Run:
 
 
 def _is_due(epoch: int, freq: int | Collection[int]) -> bool:
-    return epoch % freq == 0 if isinstance(freq, int) else epoch in freq
+    return epoch in freq if isinstance(freq, Collection) else epoch % freq == 0
 
 
 _NO_AUTOCAST: AbstractContextManager[None] = nullcontext()

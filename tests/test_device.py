@@ -62,7 +62,7 @@ def test_gpus_are_counted_from_the_machine(monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize(
     ("has_cuda", "has_mps", "expected"),
-    [(True, True, "cuda:0"), (False, True, "mps"), (False, False, "cpu")],
+    [(True, True, "cuda:0"), (False, True, "mps:0"), (False, False, "cpu")],
 )
 def test_auto_takes_cuda_then_mps_then_cpu(
     monkeypatch: pytest.MonkeyPatch, has_cuda: bool, has_mps: bool, expected: str
@@ -73,7 +73,7 @@ def test_auto_takes_cuda_then_mps_then_cpu(
     assert resolve_device("auto") == torch.device(expected)
 
 
-@pytest.mark.parametrize("device", ["cpu", torch.device("cpu")])
+@pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu")])
 def test_cpu_is_taken_as_named(device: str | torch.device) -> None:
     assert resolve_device(device) == torch.device("cpu")
 
@@ -90,7 +90,7 @@ def test_absent_gpu_is_refused_with_the_number_there_is(
     monkeypatch: pytest.MonkeyPatch, device: str | torch.device
 ) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert resolve_device("cuda") == torch.device("cuda")
+    assert resolve_device("cuda") == torch.device("cuda", 0)  # with the index that parameters report
     with pytest.raises(ValueError, match=rf"{device}' is not there: this machine has 1 CUDA devices\. Try 'auto'"):
         resolve_device(device)
 

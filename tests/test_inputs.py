@@ -661,7 +661,7 @@ def test_sample_weight_beside_batches_without_rows_to_count_is_refused(make: Cal
 
 
 def test_a_list_of_arrays_alone_is_refused_as_two_things_at_once() -> None:
-    refuses([X, X], "a list of arrays alone could be several inputs or several batches")
+    refuses([X, X], "a list of arrays alone, which could be inputs and targets, several inputs")
 
 
 @pytest.mark.parametrize("unpack", [lambda batch: batch["image"], from_dict, from_dict_weighted])

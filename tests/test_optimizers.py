@@ -14,7 +14,7 @@ from kerastorch.optimizers import (
     SCHEDULERS,
     make_optimizer,
     make_scheduler,
-    make_spanning_scheduler,
+    spanning_scheduler,
 )
 
 
@@ -305,21 +305,43 @@ def test_spanning_scheduler_gives_torch_s_rates_in_every_fit(name: str, by_hand:
     optimizer, steps = sgd(), 9
     expected = rates(by_hand(sgd()), steps)
     for _fit in range(3):
-        assert rates(make_spanning_scheduler(name, optimizer, [0.1], 10), steps) == expected
+        with spanning_scheduler(name, optimizer, 10) as scheduler:
+            assert rates(scheduler, steps) == expected
+        assert optimizer.param_groups[0]["lr"] == 0.1
+        assert optimizer.param_groups[0]["momentum"] == 0.9
 
 
 def test_one_cycle_peaks_at_each_group_s_own_rate() -> None:
     net = make_net()
     optimizer = torch.optim.SGD([{"params": net[0].parameters(), "lr": 0.2}, {"params": net[2].parameters()}], lr=0.1)
-    scheduler = make_spanning_scheduler("one_cycle", optimizer, [0.2, 0.1], 20)
     peaks = [0.0, 0.0]
-    for _ in range(19):
-        optimizer.step()
-        scheduler.step()
-        peaks = [max(peak, group["lr"]) for peak, group in zip(peaks, optimizer.param_groups, strict=True)]
+    with spanning_scheduler("one_cycle", optimizer, 20) as scheduler:
+        for _ in range(19):
+            optimizer.step()
+            scheduler.step()
+            peaks = [max(peak, group["lr"]) for peak, group in zip(peaks, optimizer.param_groups, strict=True)]
     assert peaks == pytest.approx([0.2, 0.1], rel=1e-6)
 
 
 def test_spanning_scheduler_over_data_of_no_known_length_is_refused() -> None:
     with pytest.raises(ValueError, match=r"lr_scheduler='cosine' spans the fit.*no length: give steps_per_epoch"):
-        make_spanning_scheduler("cosine", sgd(), [0.1], None)
+        spanning_scheduler("cosine", sgd(), None).__enter__()
+
+
+def test_one_cycle_over_too_few_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"within 1 steps.*lr_scheduler_interval='step'"):
+        spanning_scheduler("one_cycle", sgd(), 1).__enter__()
+
+
+def test_rates_given_as_tensors_are_put_back_in_place() -> None:
+    rate = torch.tensor(0.1)
+    optimizer = torch.optim.Adam(make_net().parameters(), lr=rate, capturable=False, foreach=False)
+    with spanning_scheduler("cosine", optimizer, 4) as scheduler:
+        rates(scheduler, 4)
+    assert optimizer.param_groups[0]["lr"] is rate
+    assert float(rate) == pytest.approx(0.1)
+
+
+def test_plateau_that_waits_for_a_rise_is_refused() -> None:
+    with pytest.raises(ValueError, match="mode='min'"):
+        make_scheduler(lambda optimizer: ReduceLROnPlateau(optimizer, mode="max"), sgd())

@@ -2,6 +2,7 @@
 
 import io
 import sys
+import time
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from kerastorch import progress
-from kerastorch.progress import Progress, format_logs
+from kerastorch.progress import REFRESH_SECONDS, Progress, format_logs
 
 
 class Clock:
@@ -206,14 +207,17 @@ def test_bar_s_own_drawing_time_counts_as_pause(clock: Clock, bars: list[FakeBar
     assert [n for n, _ in bars[0].shown] == [1]
 
 
-def test_end_shows_the_last_batch_and_final_logs_and_closes(clock: Clock, bars: list[FakeBar]) -> None:
+def test_end_puts_a_line_with_the_final_logs_in_the_bar_s_place(
+    clock: Clock, bars: list[FakeBar], capsys: pytest.CaptureFixture[str]
+) -> None:
     shown, reader = Progress("auto"), Reader()
     shown.begin("Epoch 1/1", None)
     for done in range(1, 6):
         shown.update(done, reader)
     shown.end({"loss": 2.0})
     (bar,) = bars
-    assert (reader.reads, bar.shown, bar.total, bar.is_open) == (0, [(5, "loss: 2.0000")], 5, False)
+    assert (reader.reads, bar.shown, bar.is_open) == (0, [], False)
+    assert capsys.readouterr().out == "Epoch 1/1 - 0.0s - loss: 2.0000\n"
 
 
 def test_each_epoch_has_its_own_bar(clock: Clock, bars: list[FakeBar]) -> None:
@@ -222,7 +226,7 @@ def test_each_epoch_has_its_own_bar(clock: Clock, bars: list[FakeBar]) -> None:
         shown.begin(f"Epoch {epoch}/2", 1)
         shown.update(1, dict)
         shown.end({})
-    assert [(bar.n, bar.is_open) for bar in bars] == [(1, False), (1, False)]
+        assert [bar.is_open for bar in bars] == [False] * epoch
 
 
 def test_close_leaves_a_bar_half_way_and_is_harmless_again(clock: Clock, bars: list[FakeBar]) -> None:
@@ -235,20 +239,20 @@ def test_close_leaves_a_bar_half_way_and_is_harmless_again(clock: Clock, bars: l
     assert (bars[0].n, bars[0].total, bars[0].is_open) == (3, 10, False)
 
 
-def test_real_bar_stands_with_title_count_and_logs(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_real_bar_shows_title_count_and_logs_and_goes(terminal: None, capsys: pytest.CaptureFixture[str]) -> None:
     shown = Progress("auto")
     shown.begin("Epoch 1/1", 3)
     read: Callable[[], Mapping[str, float]] = lambda: {"loss": 9.0}  # noqa: E731
-    for done in (1, 2, 3):
-        shown.update(done, read)
+    time.sleep(1.5 * REFRESH_SECONDS)
+    shown.update(2, read)
+    bar = capsys.readouterr().err.rsplit("\r", 1)[-1]
+    assert bar.startswith("Epoch 1/1:  67%")
+    assert "2/3" in bar
+    assert "loss: 9.0000" in bar
     shown.end({"loss": 0.125})
     out, err = capsys.readouterr()
-    last = err.rstrip("\n").rsplit("\r", 1)[-1]
-    assert last.startswith("Epoch 1/1: 100%")
-    assert "3/3" in last
-    assert "loss: 0.1250" in last
-    assert err.endswith("\n")
-    assert out == ""
+    assert err.replace("\r", "").strip() == ""  # wiped
+    assert out.endswith("s - loss: 0.1250\n")
 
 
 # ---- numbers ----

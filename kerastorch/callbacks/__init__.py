@@ -1,8 +1,20 @@
 """Callbacks: the base and the order of its hooks in callback.py, one file each for the rest."""
 
 from kerastorch.callbacks.callback import Callback, CallbackList
+from kerastorch.callbacks.csv_logger import CSVLogger
 from kerastorch.callbacks.early_stopping import EarlyStopping
 from kerastorch.callbacks.lambda_callback import LambdaCallback
+from kerastorch.callbacks.learning_rate_scheduler import LearningRateScheduler
 from kerastorch.callbacks.model_checkpoint import ModelCheckpoint
+from kerastorch.callbacks.reduce_lr_on_plateau import ReduceLROnPlateau
 
-__all__ = ["Callback", "CallbackList", "EarlyStopping", "LambdaCallback", "ModelCheckpoint"]
+__all__ = [
+    "CSVLogger",
+    "Callback",
+    "CallbackList",
+    "EarlyStopping",
+    "LambdaCallback",
+    "LearningRateScheduler",
+    "ModelCheckpoint",
+    "ReduceLROnPlateau",
+]

@@ -41,7 +41,7 @@ Logs = Any  # a dict; in batch hooks a Mapping that is read from the device when
 class Callback:
     """A callback of one's own overrides the hooks it needs; they return nothing.
 
-    model: the Model.   run: the Run of the call: counters, optimizer, stop_training.
+    model: the Model.   run: the Run of the call, while it lasts: counters, optimizer, stop_training.
     params: {"verbose", "epochs", "steps"} of the call.
     """
 
@@ -121,7 +121,7 @@ class CallbackList:
     """
 
     def __init__(self, callbacks: Iterable[Callback] | Callback | None) -> None:
-        if isinstance(callbacks, Callback):
+        if isinstance(callbacks, (Callback, type)):
             callbacks = [callbacks]
         self.callbacks = list(callbacks or [])
         for i, callback in enumerate(self.callbacks):

@@ -74,4 +74,6 @@ class EarlyStopping(Callback):
             self.run.net.load_state_dict(self.best_weights)
             if self.verbose and self.best_epoch is not None:
                 print(f"Weights of epoch {self.best_epoch + 1} restored ({self.monitor}: {self.best:.4f}).")
-            self.best_weights = None
+
+    def close(self) -> None:
+        self.best_weights = None  # a copy of the net's size

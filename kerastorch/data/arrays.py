@@ -122,6 +122,15 @@ def num_rows(dataset: Dataset[Any], *, what: str) -> int:
         raise ValueError(f"{what} needs a Dataset with __len__, and {type(dataset).__name__} has none.") from None
 
 
+def is_map_style(data: Any) -> bool:
+    """Whether data is a map-style Dataset, or has the two methods of one; lists and arrays are no Datasets."""
+    if isinstance(data, (IterableDataset, DataLoader, list, tuple, str, bytes, Mapping)) or is_numpy(data):
+        return False
+    return isinstance(data, Dataset) or (
+        not isinstance(data, Tensor) and hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    )
+
+
 def is_array_or_nest(value: Any) -> bool:
     return isinstance(value, (Tensor, tuple, Mapping)) or is_numpy(value)
 

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, TensorDataset
 
 from kerastorch.data.arrays import (
     NestedDataset,
     default_sampler,
     is_array_or_nest,
+    is_map_style,
     is_numpy,
     num_rows,
     rebuild_loader,
@@ -37,12 +38,12 @@ def make_dataset(x: Any, y: Any = None, sample_weight: Any = None, *, caller: st
     """
     if x is None:
         raise ValueError(f"{caller}() needs data: x is None.")
-    if isinstance(x, (DataLoader, Dataset)) or not _is_arrays(x, y):
+    if isinstance(x, (DataLoader, Dataset)) or is_map_style(x) or not _is_arrays(x, y, caller):
         if y is not None:
             raise ValueError(
                 f"{caller}() got y beside a {type(x).__name__}: its batches hold their own targets, as (x, y)."
             )
-        if not isinstance(x, (DataLoader, Dataset, Iterable)):
+        if not isinstance(x, (DataLoader, Dataset, Iterable)) and not is_map_style(x):
             raise TypeError(
                 f"{caller}() can't read a {type(x).__name__} as data: give a DataLoader, a Dataset, arrays or tensors, "
                 "or an iterable of batches (x, y)."
@@ -85,12 +86,12 @@ def split_dataset(data: Any, fraction: float, *, caller: str = "fit") -> tuple[A
             )
         train, val = split_dataset(data.dataset, fraction, caller=caller)
         batch_size, drop_last = data.batch_sampler.batch_size, data.batch_sampler.drop_last  # type: ignore[union-attr]
-        is_shuffled = isinstance(sampler, RandomSampler)
+        order = RandomSampler(train, generator=sampler.generator) if isinstance(sampler, RandomSampler) else None
         return (
-            rebuild_loader(data, train, batch_size=batch_size, drop_last=drop_last, shuffle=is_shuffled),
+            rebuild_loader(data, train, batch_size=batch_size, drop_last=drop_last, sampler=order),
             rebuild_loader(data, val, batch_size=batch_size, shuffle=False, generator=None),
         )
-    if isinstance(data, IterableDataset) or not isinstance(data, Dataset):
+    if not is_map_style(data):
         raise ValueError(
             f"{caller}(validation_split=...) needs arrays, tensors or a map-style Dataset, not a "
             f"{type(data).__name__}: split before making it (torch.utils.data.random_split) and pass validation_data."
@@ -112,14 +113,14 @@ def needs_unpack(x: Any, y: Any) -> bool:
     return y is None and not (isinstance(x, (Tensor, tuple)) or is_numpy(x))
 
 
-def _is_arrays(value: Any, y: Any) -> bool:
+def _is_arrays(value: Any, y: Any, caller: str) -> bool:
     """Whether value is an array, or a nest of arrays; a list alone (without y) of tuples or dicts is one of batches."""
     if not isinstance(value, list):
         return is_array_or_nest(value)
     if y is None and value and all(isinstance(item, Tensor) or is_numpy(item) for item in value):
         raise ValueError(
-            "a list of arrays alone could be several inputs or several batches: give ((a, b),) for one tuple of "
-            "inputs, iter([...]) for batches."
+            f"{caller}() got a list of arrays alone, which could be inputs and targets, several inputs or several "
+            "batches: give the tuple (x, y), the tuple ((a, b),) of one tuple of inputs, or iter([...]) of batches."
         )
     return y is not None or not any(is_array_or_nest(item) or _is_list_of_arrays(item) for item in value)
 

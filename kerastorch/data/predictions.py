@@ -41,6 +41,8 @@ class Predictions:
         if isinstance(part, (tuple, list)):
             grown = [self._append(rows and rows[i], value, num_samples) for i, value in enumerate(part)]
             return type(part)(*grown) if hasattr(part, "_fields") else type(part)(grown)
+        if part is None:
+            return None
         rows = rows or _Rows(part, max(self.num_samples or 0, num_samples))
         rows.append(part, num_samples)
         return rows
@@ -92,6 +94,8 @@ def _map_rows(rows: Nested) -> Nested:
         return rows.finished()
     if isinstance(rows, Mapping):
         return {key: _map_rows(value) for key, value in rows.items()}
+    if rows is None:
+        return None
     joined = [_map_rows(value) for value in rows]
     return type(rows)(*joined) if hasattr(rows, "_fields") else type(rows)(joined)
 

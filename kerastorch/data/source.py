@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
-from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, default_collate
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, default_collate
 
-from kerastorch.data.arrays import default_sampler, is_numpy, num_rows, to_tensors
+from kerastorch.data.arrays import default_sampler, is_map_style, is_numpy, num_rows, to_tensors
 from kerastorch.data.weights import WeightedBatch, WeightedCollate, is_weighted
 from kerastorch.device import Nested, describe, map_nested
 
@@ -65,6 +65,10 @@ class BatchSource:
     def drop_last(self) -> bool:
         """Whether a short last batch is left out."""
         return getattr(getattr(self.batches, "batch_sampler", None), "drop_last", False)
+
+    def restart(self) -> None:
+        """Let the next epoch of a set number of steps begin a fresh pass."""
+        self._iterator = None
 
     def epoch(self, steps: int | None = None, *, look_ahead: bool = False) -> Iterator[tuple[Batch, bool]]:
         """Yield (batch, is_last) over a training epoch: one pass, or `steps` batches that go on where the last ended.
@@ -173,16 +177,16 @@ def make_source(
     """
     if isinstance(data, DataLoader):
         _check_workers(data)
-    if isinstance(data, Dataset):
+    if isinstance(data, IterableDataset) or is_map_style(data):
         if isinstance(data, IterableDataset):
-            return BatchSource(DataLoader(data, batch_size or 32), name=name, unpack=unpack)
+            return BatchSource(DataLoader(data, int(batch_size or 32)), name=name, unpack=unpack)
         rows = num_rows(data, what=name)
         if rows == 0:
             raise ValueError(f"{name} is empty: the {type(data).__name__} has 0 rows.")
         if batch_size is None:
             batch_size = 32 if steps is None else math.ceil(rows / steps)
         collate = WeightedCollate(default_collate) if is_weighted(data) else None
-        data = DataLoader(data, batch_size, shuffle, collate_fn=collate)
+        data = DataLoader(data, int(batch_size), shuffle, collate_fn=collate)
     elif batch_size is not None:
         raise ValueError(f"batch_size={batch_size} beside a {type(data).__name__}: its batches have their own size.")
     return BatchSource(data, name=name, unpack=unpack)

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
-from kerastorch.data.arrays import num_rows, rebuild_loader, to_tensors
+from kerastorch.data.arrays import is_map_style, num_rows, rebuild_loader, to_tensors
 from kerastorch.device import Nested, describe
 from kerastorch.losses import OutputLosses, loss_scale
 
@@ -54,7 +54,8 @@ def add_sample_weight(data: Any, sample_weight: Any, *, caller: str) -> Any:
     sample_weight: (N,) for the N rows.   Raises ValueError for another length, or for data without rows to count.
     """
     dataset = data.dataset if isinstance(data, DataLoader) else data
-    if not isinstance(dataset, Dataset) or isinstance(dataset, IterableDataset):
+    is_sequence = isinstance(data, DataLoader) and isinstance(dataset, (list, tuple))  # a loader takes these too
+    if not is_sequence and not is_map_style(dataset):
         raise ValueError(
             f"{caller}(sample_weight=...) can't be matched with a {type(dataset).__name__}, which has no rows to "
             "count: give the weights in the batch, as (x, y, sample_weight)."

@@ -14,7 +14,7 @@ from kerastorch.run import Run
 class Loop(ABC):
     """The base of the loop backends: fit, evaluate and predict, each over the Run it is given.
 
-    bind() sets run, net, loss_fn and optimizer on the loop at the start of each call, for methods that take no run.
+    bind() sets run, net, loss_fn and optimizer on the loop for the time of each call, for methods that take no run.
     """
 
     run: Run
@@ -27,6 +27,11 @@ class Loop(ABC):
         self.run, self.net = run, run.net
         if hasattr(run, "optimizer"):  # predict works before compile()
             self.loss_fn, self.optimizer = run.loss_fn, run.optimizer
+
+    def unbind(self) -> None:
+        """Let go of the call's Run, and with it of the data."""
+        for name in ("run", "net", "loss_fn", "optimizer"):
+            vars(self).pop(name, None)
 
     @abstractmethod
     def fit(self, run: Run) -> None:

@@ -16,6 +16,8 @@ from kerastorch.callbacks.callback import HOOKS
 CLASSES = [cls for cls in vars(callbacks).values() if isinstance(cls, type) and issubclass(cls, kt.Callback)]
 # A class that can't be made without arguments has a line here.
 ARGUMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "CSVLogger": lambda folder: {"filename": folder / "log.csv"},
+    "LearningRateScheduler": lambda folder: {"schedule": lambda epoch, lr: lr / 2},
     "ModelCheckpoint": lambda folder: {"filepath": folder / "checkpoint.pt"},
 }
 X, Y = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.zeros(4, 1)

@@ -99,9 +99,8 @@ def test_batches_without_rows_give_an_empty_array_of_their_width():
         (np.zeros((7, 4)), r"forward returned ndarray\(7, 4\) float64 for a batch of 4"),
         ((np.zeros((4, 1)), np.zeros(1)), r"forward returned ndarray\(1,\) float64 for a batch of 4"),
         ({"a": "text"}, r"forward returned str"),
-        ((np.zeros((4, 1)), None), r"forward returned NoneType"),
     ],
-    ids=["scalar", "no axes", "time first", "one of two", "text", "None"],
+    ids=["scalar", "no axes", "time first", "one of two", "text"],
 )
 def test_outputs_without_a_batch_axis_are_refused_and_the_way_out_is_named(part, said):
     with pytest.raises(ValueError, match=rf"first, batch axis, but {said}.*predict_iter\(\)"):
@@ -122,3 +121,12 @@ def test_tensors_become_numpy_on_the_cpu_and_bfloat16_float32():
     for dtype in (torch.float16, torch.float64, torch.int32, torch.bool):
         assert to_numpy(torch.ones(2, dtype=dtype)).dtype.name == str(dtype).removeprefix("torch.")
     assert to_numpy("text") == "text"
+
+
+def test_a_part_that_is_none_in_every_batch_stays_none():
+    predictions = Predictions()
+    for _ in range(2):
+        predictions.append((np.zeros((4, 1)), None), 4)
+    scores, nothing = predictions.joined()
+    assert scores.shape == (8, 1)
+    assert nothing is None
