@@ -1,0 +1,24 @@
+"""The README's python runs as it stands, and its links lead somewhere."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_python_of_the_readme_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    namespace = {"__name__": "readme"}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    assert len(blocks) == 2
+    assert namespace["model"].history.epoch == list(range(15))
+    assert namespace["model"].evaluate(namespace["x_test"], namespace["y_test"], verbose=0)["accuracy"] > 0.9
+
+
+def test_the_links_of_the_readme_lead_to_files():
+    targets = [target for target in re.findall(r"\]\(([^)]+)\)", README) if not target.startswith("http")]
+    assert len(targets) >= 4
+    for target in targets:
+        assert (ROOT / target).exists(), target
