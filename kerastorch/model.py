@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.data import Dataset
 
 from kerastorch.callbacks import Callback, CallbackList
 from kerastorch.check import check_model
 from kerastorch.data import (
     BatchSource,
+    is_map_style,
     make_dataset,
     make_source,
     needs_unpack,
@@ -212,7 +215,7 @@ class Model:
         val_data: BatchSource | None = None
         val_unpack = compiled.unpack if needs_unpack(validation_data, None) else None
         if validation_data is None and validation_split:
-            if not isinstance(validation_split, float) or not 0 < validation_split < 1:
+            if not isinstance(validation_split, Real) or not 0 < validation_split < 1:
                 raise ValueError(f"validation_split must be between 0 and 1, got {validation_split!r}.")
             data, validation_data = split_dataset(data, validation_split)
             val_unpack = compiled.unpack if needs_unpack(x, y) else None
@@ -226,7 +229,7 @@ class Model:
         )
         if validation_data is not None:
             rows = make_dataset(validation_data, caller="validation_data of fit")
-            if validation_batch_size is None and isinstance(rows, torch.utils.data.Dataset):
+            if validation_batch_size is None and (isinstance(rows, Dataset) or is_map_style(rows)):
                 validation_batch_size = batch_size
             val_data = make_source(
                 rows, name="fit()'s validation_data", batch_size=validation_batch_size, unpack=val_unpack

@@ -174,8 +174,7 @@ class Run:
 
     def release(self) -> None:
         """Let go of what the call no longer needs: its callbacks' hold on it, and loader workers between two epochs."""
-        for callback in self.callbacks.callbacks:
-            vars(callback).pop("run", None)
+        self.callbacks.end()
         if self.train_data is not None:
             self.train_data.restart()
 

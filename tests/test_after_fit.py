@@ -75,6 +75,17 @@ def test_two_models_may_share_a_loop_and_call_each_other():
     assert torch.equal(first.net.weight, alone.net.weight)
 
 
+def test_a_callback_may_evaluate_with_itself_and_keeps_its_fit():
+    class Nested(kt.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            run = self.run
+            self.model.evaluate(X, Y, callbacks=[self], verbose=0)
+            assert self.run is run
+            self.model.stop_training = True
+
+    assert make_model().fit(X, Y, epochs=5, callbacks=[Nested()], verbose=0).epoch == [0]
+
+
 @pytest.mark.parametrize("name", ["cosine", "one_cycle"])
 def test_a_schedule_by_name_puts_the_rate_back_so_that_more_training_trains(name):
     optimizer = torch.optim.SGD((net := nn.Linear(4, 2)).parameters(), lr=0.1)

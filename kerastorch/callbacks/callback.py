@@ -126,6 +126,7 @@ class CallbackList:
         self.callbacks = list(callbacks or [])
         for i, callback in enumerate(self.callbacks):
             _check_callback(callback, i)
+        self._outer_runs: list[Run | None] = []
         self.has_train_batch_begin = self._has("on_train_batch_begin") or self._has("on_batch_begin")
         self.has_train_batch_end = self._has("on_train_batch_end") or self._has("on_batch_end")
         self.has_test_batch_begin = self._has("on_test_batch_begin")
@@ -148,10 +149,18 @@ class CallbackList:
 
     def begin(self, model: Model, run: Run, params: dict[str, Any]) -> None:
         """Tell each callback what it works on."""
+        self._outer_runs = [vars(callback).get("run") for callback in self.callbacks]
         for callback in self.callbacks:
             callback.run = run
             callback.set_model(model)
             callback.set_params(params)
+
+    def end(self) -> None:
+        """Take the run from each callback again; one that called evaluate with itself gets its fit's run back."""
+        for callback, outer_run in zip(self.callbacks, self._outer_runs, strict=False):
+            vars(callback).pop("run", None)
+            if outer_run is not None:
+                callback.run = outer_run
 
     def on_train_begin(self, logs: Logs) -> None:
         for callback in self.callbacks:

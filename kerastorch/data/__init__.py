@@ -4,7 +4,7 @@ From below: arrays.py makes tensors and datasets, weights.py adds weights, datas
 source.py gives batches, pass after pass; predictions.py joins outputs.
 """
 
-from kerastorch.data.arrays import to_tensors
+from kerastorch.data.arrays import is_map_style, to_tensors
 from kerastorch.data.dataset import make_dataset, needs_unpack, split_dataset
 from kerastorch.data.predictions import Predictions, to_numpy
 from kerastorch.data.source import Batch, BatchSource, make_source, warn_if_shuffled
@@ -15,6 +15,7 @@ __all__ = [
     "BatchSource",
     "ClassWeight",
     "Predictions",
+    "is_map_style",
     "make_dataset",
     "make_source",
     "needs_unpack",
