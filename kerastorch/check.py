@@ -471,6 +471,8 @@ class _Trial:
     @property
     def has_overfitted(self) -> bool:
         last = self.losses[-1]
+        if self.chance is not None and last >= self.chance:  # no better than knowing nothing of x
+            return False
         return self.has_fallen(0.5) or abs(last) < 1e-3 or (self.chance is not None and last < 0.1 * self.chance)
 
 
@@ -520,6 +522,9 @@ def _check_trial(trial: _Trial, try_again: Callable[..., _Trial]) -> Finding:
     for factor in (10.0, 100.0, 0.1) if rates and sum(trial.seconds) < MAX_SECONDS else ():
         again = try_again(factor)
         if math.isfinite(again.losses[-1]) and again.has_overfitted:
+            if factor == 10 and trial.has_fallen(0.1):
+                text = f"{figures}; at 10 times the rate to {again.losses[-1]:.4g}."
+                return Finding("ok", "One batch can be overfitted, slowly", text)
             what = "too low" if factor > 1 else "too high"
             reason = f"The learning rate is {what}: at {factor:g} times it the loss falls to {again.losses[-1]:.4g}."
             break

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kerastorch.device import Nested, describe, leaves, num_samples, output_name, pick_output
-from kerastorch.losses import OutputLosses, loss_scale
+from kerastorch.losses import OutputLosses, is_torch_own, loss_scale
 
 _FIRST_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.modules.batchnorm._BatchNorm)
 _SHAPELESS = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
@@ -33,20 +33,19 @@ def check_inputs(
 ) -> None:
     """Raise ValueError for a batch whose parts differ in size, or whose x the net's first layer can't take.
 
-    name: what the data is called.   fn: the loss; a function of one's own may take targets of any size.
+    name: what the data is called.   fn: the loss. Targets are held against the outputs, in check_outputs.
     """
     samples = num_samples(x)
     if samples == 0:
         raise ValueError(f"{name}: the first batch has 0 samples: x is {describe(x)}.")
-    is_known = isinstance(fn, OutputLosses) or loss_scale(fn) != "unknown"
-    for what, part in (("y", y if is_known else None), ("sample_weight", sample_weight)):
-        for leaf in leaves(part):
-            if isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != samples):
-                size = len(leaf) if leaf.dim() else "no"
-                raise ValueError(
-                    f"{name}: the first batch has {samples} samples in x but {size} in {what}: x is {describe(x)}, "
-                    f"{what} is {describe(part)}."
-                )
+    for leaf in leaves(sample_weight):
+        if isinstance(leaf, Tensor) and (leaf.dim() == 0 or len(leaf) != samples):
+            raise _other_size(name, x, "sample_weight", sample_weight, leaf)
+    if y is None and isinstance(x, Mapping) and is_torch_own(fn) and loss_scale(fn) != "unknown":
+        raise ValueError(
+            f"{name}: a batch is a dict, {describe(x)}, which is x alone, without targets. Say what is what with "
+            "compile(unpack=lambda batch: (batch['inputs'], batch['labels']))."
+        )
     layer, is_flattened = _first_layer(net)
     if layer is None or not isinstance(x, Tensor):
         return
@@ -66,33 +65,53 @@ def check_inputs(
         )
 
 
+def _other_size(name: str, x: Nested, what: str, part: Nested, leaf: Tensor) -> ValueError:
+    size = len(leaf) if leaf.dim() else "no"
+    return ValueError(
+        f"{name}: the first batch has {num_samples(x)} samples in x but {size} in {what}: x is {describe(x)}, "
+        f"{what} is {describe(part)}."
+    )
+
+
 def check_outputs(
-    net: nn.Module, fn: object, x: Nested, outputs: Nested, y: Nested, *, warns: bool = True, of: str = ""
+    data_name: str,
+    net: nn.Module,
+    fn: object,
+    x: Nested,
+    outputs: Nested,
+    y: Nested,
+    *,
+    warns: bool = True,
+    of: str = "",
 ) -> None:
     """Raise ValueError, or warn, where outputs and targets are not what a torch loss takes.
 
-    fn: the loss, or OutputLosses; functions of one's own are only looked at for NaN.
+    data_name: what the data is called.   fn: the loss, or OutputLosses; of one's own only NaN is looked for.
     warns: whether to warn too.   of: which of several outputs this is, for the messages.
     """
     if isinstance(fn, OutputLosses):
         if isinstance(y, (tuple, list, Mapping)) and len(y) > len(fn.losses):
             raise ValueError(
                 f"the batch has {len(y)} targets, but there are losses for {len(fn.losses)} outputs "
-                f"({', '.join(map(output_name, fn.losses))}): nothing would be learnt from the rest."
+                f"({', '.join(map(output_name, fn.losses))}): nothing would be learnt from the rest. Drop it with "
+                "compile(unpack=...), or give it a loss."
             )
         for key, part in fn.losses.items():
             parts = pick_output(outputs, key, "the outputs"), pick_output(y, key, "the targets")
-            check_outputs(net, part, x, *parts, warns=warns, of=f" of {output_name(key)}")
+            check_outputs(data_name, net, part, x, *parts, warns=warns, of=f" of {output_name(key)}")
         return
     scale = loss_scale(fn)
-    if y is None and scale != "unknown":
+    if y is None and scale != "unknown" and is_torch_own(fn):
         raise ValueError(
             "the batches hold no targets, but the loss needs them: give fit(x, y), or batches (x, y). "
             "Two inputs without a target are ((a, b),)."
         )
     _check_outputs_finite(net, x, outputs)
-    if scale == "unknown":
+    if scale == "unknown" or not is_torch_own(fn):
         return
+    same_length = isinstance(outputs, Tensor) and outputs.dim() > 0 and len(outputs) == num_samples(x)
+    if same_length and isinstance(y, Tensor) and (y.dim() == 0 or len(y) != len(outputs)):
+        raise _other_size(data_name, x, "y", y, y)
     if not _is_finite(y):
         raise ValueError(f"y has {_count_bad(y)} in the first batch ({describe(y)}): drop or fill those rows.")
     name = getattr(fn, "__name__", type(fn).__name__) + of

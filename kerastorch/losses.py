@@ -67,6 +67,8 @@ class Loss:
         self.fn = fn
         self.on_first_batch = on_first_batch
         self.parts: dict[str, Tensor] = {}
+        is_mean = isinstance(fn, nn.Module) and getattr(fn, "reduction", None) == "mean"
+        self._is_trusted = not is_mean or is_torch_own(fn)
         self._of_outputs = (
             {key: Loss(part) for key, part in fn.losses.items()} if isinstance(fn, OutputLosses) else None
         )
@@ -81,6 +83,7 @@ class Loss:
             loss = self._checked(self.fn(outputs, y))
             return loss if loss.dim() == 0 else loss.mean()
         losses = self._checked(self.per_sample(outputs, y))
+        self._check_per_sample(losses, outputs, y)
         if losses.dim() > 0 and sample_weight.shape == losses.shape[:1]:
             sample_weight = sample_weight.reshape(-1, *[1] * (losses.dim() - 1))
         elif losses.dim() == 0 or sample_weight.shape != losses.shape:
@@ -89,7 +92,7 @@ class Loss:
                 f"{describe(losses.detach())}: weights need shape (N,), and a loss that gives one value per sample."
             )
         weighted: Tensor = losses * sample_weight
-        reduction = getattr(self.fn, "reduction", "mean")
+        reduction = _keyword(self.fn, "reduction", "mean")
         if reduction == "sum":
             return weighted.sum()
         if reduction == "batchmean":
@@ -98,6 +101,18 @@ class Loss:
         if ignored is None or not isinstance(y, Tensor) or y.shape != losses.shape:
             return weighted.mean()
         return weighted.mean() * (y.numel() / (y != ignored).sum())  # targets left out are no elements
+
+    def _check_per_sample(self, losses: Tensor, outputs: Nested, y: Nested) -> None:
+        """Refuse, once, a module of the user's own that is another loss when its reduction is "none"."""
+        if self._is_trusted or losses.dim() == 0:
+            return
+        self._is_trusted = True
+        with torch.no_grad():
+            if not torch.allclose(losses.mean(), self.fn(outputs, y).mean(), rtol=1e-3, atol=1e-6):
+                raise ValueError(
+                    f"the loss {self.name} can't be weighted: with reduction='none' its values do not average to what "
+                    "it gives. Let it return one value per sample."
+                )
 
     def _checked(self, loss: Any) -> Tensor:
         if not isinstance(loss, Tensor):
@@ -195,8 +210,9 @@ def loss_scale(fn: object) -> str:
     """Return what this loss takes outputs for; metrics by name read it.
 
     "class_logits" (one class of C), "label_logits" (yes or no, for each of C labels), "log_probabilities",
-    "probabilities", "values" (regression) or "unknown".
+    "probabilities", "values" (regression), "log_rates" (poisson) or "unknown".
     """
+    fn = _unwrapped(fn)
     for scale, known in _SCALES.items():
         if any(isinstance(fn, loss) if isinstance(loss, type) else fn is loss for loss in known):
             return scale
@@ -205,9 +221,25 @@ def loss_scale(fn: object) -> str:
 
 def ignored_class(fn: object) -> int | None:
     """Return the class index that this loss leaves out, None where it leaves none out."""
-    if fn in (F.cross_entropy, F.nll_loss):
-        return -100
+    if _unwrapped(fn) in (F.cross_entropy, F.nll_loss):
+        given: int = _keyword(fn, "ignore_index", -100)
+        return given
     return getattr(fn, "ignore_index", None)
+
+
+def is_torch_own(fn: object) -> bool:
+    """Whether fn is a loss of torch's, not a function, or a subclass with a forward, of the user's own."""
+    fn = _unwrapped(fn)
+    owner = type(fn).forward if isinstance(fn, nn.Module) else fn
+    return str(getattr(owner, "__module__", "")).partition(".")[0] == "torch"
+
+
+def _unwrapped(fn: Any) -> Any:
+    return _unwrapped(fn.func) if isinstance(fn, functools.partial) else fn
+
+
+def _keyword(fn: object, name: str, default: Any) -> Any:
+    return fn.keywords.get(name, default) if isinstance(fn, functools.partial) else getattr(fn, name, default)
 
 
 _SCALES: dict[str, tuple[object, ...]] = {
@@ -219,9 +251,10 @@ _SCALES: dict[str, tuple[object, ...]] = {
     "log_probabilities": (nn.NLLLoss, F.nll_loss),
     "probabilities": (nn.BCELoss, F.binary_cross_entropy),
     "values": (
-        *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.PoissonNLLLoss),
-        *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss, F.poisson_nll_loss),
+        *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss),
+        *(F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss),
     ),
+    "log_rates": (nn.PoissonNLLLoss, F.poisson_nll_loss),
 }
 
 

@@ -134,6 +134,10 @@ class NamedMetric:
 
     def _infer_regression(self, outputs: Tensor, y: Tensor) -> None:
         cls, arguments = REGRESSION[self.name]
+        if self.scale in ("class_logits", "label_logits", "log_probabilities", "log_rates"):
+            raise self._ambiguous(outputs, y, f"it compares values, but under this loss outputs are {self.scale}")
+        if self.name in ("r2", "r2_score") and outputs.dim() > 2:
+            raise self._ambiguous(outputs, y, "it takes (N,) or (N, D)")
         if outputs.numel() != y.numel():
             raise self._ambiguous(outputs, y, "outputs and targets differ in size")
         if not cls:
@@ -173,6 +177,8 @@ class NamedMetric:
         task = self._task(outputs, y)
         if reads == "scores" and self.scale == "unknown":
             raise self._ambiguous(outputs, y, "the loss does not tell whether outputs are logits or probabilities")
+        if cls and outputs.dim() == 3 and task == "Multilabel":
+            raise self._ambiguous(outputs, y, "dimension 1 could be labels, rows of an image or steps in time")
         scores: Callable[[Tensor], Tensor] = _SCORES.get(self.scale, _identity)
         is_one_hot = task == "Multiclass" and y.dim() == outputs.dim()
         if not cls:
@@ -233,6 +239,9 @@ class NamedMetric:
                 return "Binary"
         elif wide:
             is_one_hot = self.scale == "class_logits" and y.shape == outputs.shape
+            is_outside = not y.is_floating_point() and bool(((y < 0) | (y >= outputs.shape[1])).any())
+            if self.scale == "unknown" and is_outside:
+                raise self._ambiguous(outputs, y, "labels are outside the classes, and the loss does not tell why")
             if is_one_hot or (not y.is_floating_point() and y.shape == outputs.shape[:1] + outputs.shape[2:]):
                 return "Multiclass"
         raise self._ambiguous(outputs, y, "the task can't be told from them")

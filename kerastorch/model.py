@@ -340,7 +340,7 @@ class Model:
                 if batch is None:
                     return
                 (x, _, _), _ = batch
-                one = BatchSource([(x,)], name="predict_iter()'s batch")
+                one = BatchSource([(x,)], name="predict_iter()'s batch", converts=False)
                 run = self._make_run(self._compiled, val_data=one, joins=False)
                 with self._running(run):
                     self._loop.predict(run)
@@ -366,7 +366,7 @@ class Model:
         epoch, or that spans a fit, does not; no History.   Raises as fit does.
         """
         compiled = self._get_compiled("train_on_batch")
-        source = _one_batch(x, y, sample_weight, "train_on_batch")
+        source = _one_batch(compiled, x, y, sample_weight, "train_on_batch")
         run = self._make_run(compiled, train_data=source, class_weight=class_weight)
         if compiled.lr_scheduler_interval == "step" and not isinstance(compiled.lr_scheduler, str):
             run.lr_scheduler = compiled.lr_scheduler
@@ -377,14 +377,14 @@ class Model:
     def test_on_batch(self, x: Any, y: Any = None, sample_weight: Any = None) -> dict[str, LogValue]:
         """Return {"loss": ..., metric: ...} of one batch in eval mode.   Raises as fit does."""
         compiled = self._get_compiled("test_on_batch")
-        run = self._make_run(compiled, val_data=_one_batch(x, y, sample_weight, "test_on_batch"))
+        run = self._make_run(compiled, val_data=_one_batch(compiled, x, y, sample_weight, "test_on_batch"))
         with preserved_random_state(), self._running(run):
             self._loop.evaluate(run)
         return run.val_logs
 
     def predict_on_batch(self, x: Any) -> Nested:
         """Return the outputs for one batch in eval mode: numpy arrays, nested as the outputs are."""
-        run = self._make_run(self._compiled, val_data=_one_batch(x, None, None, "predict_on_batch"))
+        run = self._make_run(self._compiled, val_data=_one_batch(self._compiled, x, None, None, "predict_on_batch"))
         with preserved_random_state(), self._running(run):
             self._loop.predict(run)
         return run.predictions()
@@ -483,7 +483,9 @@ class Model:
         return spanning_scheduler(compiled.lr_scheduler, compiled.optimizer, run.num_scheduler_steps)
 
 
-def _one_batch(x: Any, y: Any, sample_weight: Any, verb: str) -> BatchSource:
+def _one_batch(compiled: Compiled | None, x: Any, y: Any, sample_weight: Any, verb: str) -> BatchSource:
+    if compiled is not None and compiled.unpack is not None and sample_weight is None and needs_unpack(x, y):
+        return BatchSource([to_tensors(x, strict=False)], name=f"{verb}()'s batch", unpack=compiled.unpack)
     parts: tuple[Any, ...] = (x,) if y is None else (x, y)
     if sample_weight is not None:
         parts = (x, y, sample_weight)

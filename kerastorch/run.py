@@ -425,7 +425,7 @@ class Run:
         check_inputs(data.name, self.net, self.loss_fn.fn, x, y, sample_weight, self.mixed_precision is not None)
 
         def look_at_outputs(outputs: Nested, y: Nested) -> None:
-            check_outputs(self.net, self.loss_fn.fn, x, outputs, y, warns=warns)
+            check_outputs(data.name, self.net, self.loss_fn.fn, x, outputs, y, warns=warns)
             self.sums.infer(map_nested(_detach, outputs), y)
             self._looked_at.add((is_training, kind))
 

@@ -73,11 +73,12 @@ def rebuild_loader(loader: DataLoader[Any], dataset: Dataset[Any], **changes: An
 def to_tensors(value: Any, *, target: bool = False, strict: bool = True) -> Nested:
     """Return value with each array, number or list of numbers in it as a tensor (see dataset.make_dataset for dtypes).
 
-    strict: raise TypeError for text and None, which are passed through otherwise, as a DataLoader does.
+    strict: raise TypeError for what is no number, which is passed through otherwise, as a DataLoader does.
     """
     if isinstance(value, Mapping):
         return {key: to_tensors(item, target=target, strict=strict) for key, item in value.items()}
-    if isinstance(value, PackedSequence) or (not strict and (value is None or isinstance(value, (str, bytes)))):
+    is_number = isinstance(value, (Tensor, Number, tuple, list)) or is_numpy(value)
+    if isinstance(value, PackedSequence) or (not strict and not is_number):
         return value
     is_nest = isinstance(value, tuple) or (isinstance(value, list) and any(map(is_array_or_nest, value)))
     if is_nest or (not strict and isinstance(value, list) and any(isinstance(item, (str, bytes)) for item in value)):

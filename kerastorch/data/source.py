@@ -28,15 +28,17 @@ class BatchSource:
     """Batches of one loader or iterable.
 
     batches: any iterable of batches.   name: what errors call it.   unpack: makes each batch x, (x, y) or
-    (x, y, sample_weight) first.
+    (x, y, sample_weight) first.   converts: whether arrays in batches that no DataLoader made become tensors.
     num_batches: batches in a pass, or None where that is not known before the pass ends.
     """
 
-    def __init__(self, batches: Iterable[Any], *, name: str, unpack: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self, batches: Iterable[Any], *, name: str, unpack: Callable[[Any], Any] | None = None, converts: bool = True
+    ) -> None:
         self.batches, self.name, self.unpack = batches, name, unpack
         self.num_batches = _length(batches)
         self.is_one_shot = isinstance(batches, Iterator)
-        self._converts = not isinstance(batches, DataLoader)
+        self._converts = converts and not isinstance(batches, DataLoader)
         self._iterator: Iterator[Any] | None = None  # goes on between epochs of a set number of steps
         if self.num_batches == 0:
             raise ValueError(
@@ -147,7 +149,8 @@ class BatchSource:
             ]
         if added_weight is not None:
             own_weight = parts[2] if len(parts) > 2 else None
-            return parts[0], parts[1], added_weight if own_weight is None else own_weight * added_weight
+            y = parts[1] if len(parts) > 1 else None
+            return parts[0], y, added_weight if own_weight is None else own_weight * added_weight
         if len(parts) == 2:
             return parts[0], parts[1], None
         if len(parts) == 1:

@@ -99,7 +99,10 @@ class ClassWeight:
     def __call__(self, y: Nested, sample_weight: Tensor | None) -> Tensor:
         if not isinstance(y, Tensor):
             raise ValueError(f"class_weight needs one tensor of targets, got {describe(y)}.")
-        if y.is_floating_point() and y.dim() > 1 and y.shape[1] > 1:
+        has_labels = y.is_floating_point() and y.dim() > 1 and y.shape[1] > 1
+        if has_labels and not self._is_one_of_many and y.dim() == 3:
+            has_labels = False  # yes or no for each pixel or step
+        if has_labels:
             if not self._is_one_of_many:
                 raise ValueError(
                     f"class_weight needs one class a sample, but targets are {describe(y)}: several labels."
