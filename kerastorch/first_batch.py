@@ -6,7 +6,8 @@ No extra forward and no random draw; a few values are read back from the device,
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,6 +64,36 @@ def check_inputs(
             f"x is {describe(x)}: its last dimension is {x.shape[-1]}, but the first layer {layer} takes "
             f"{layer.in_features} features."
         )
+
+
+@contextmanager
+def watched_layers(net: nn.Module) -> Iterator[None]:
+    """Let the layers of torch's own in net refuse an input of another dtype than their weights, while this lasts.
+
+    For a net whose forward is the user's, only its layers see what reaches them. No frame stands above his forward.
+    """
+    kinds = {kind for kind in _known_layers() if not issubclass(kind, nn.modules.batchnorm._BatchNorm)}
+    layers = [layer for layer in net.modules() if type(layer) in kinds]
+    handles = [layer.register_forward_pre_hook(_check_layer_input) for layer in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _check_layer_input(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    x = inputs[0] if inputs else None
+    dtype = next((p.dtype for p in layer.parameters() if p.is_floating_point()), None)
+    if not isinstance(x, Tensor) or dtype is None or x.dtype == dtype or x.is_complex():
+        return
+    if x.is_floating_point() and x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        return
+    wanted = str(dtype).removeprefix("torch.")
+    raise ValueError(
+        f"the layer {layer} was given {describe(x)}, but has {wanted} weights: convert it, x.to(torch.{wanted}), in "
+        "the data or in forward" + (", and scale it, as x / 255." if x.dtype == torch.uint8 else ".")
+    )
 
 
 def _other_size(name: str, x: Nested, what: str, part: Nested, leaf: Tensor) -> ValueError:

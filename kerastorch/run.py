@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -19,7 +19,14 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from kerastorch.data import BatchSource, ClassWeight, Predictions, to_numpy
 from kerastorch.device import Nested, map_nested, move_to_device, num_samples
-from kerastorch.first_batch import check_batch_norm, check_devices, check_inputs, check_outputs, signature
+from kerastorch.first_batch import (
+    check_batch_norm,
+    check_devices,
+    check_inputs,
+    check_outputs,
+    signature,
+    watched_layers,
+)
 from kerastorch.history import History
 from kerastorch.losses import Loss, LossFunction
 from kerastorch.metrics import AnyMetric, LogValue, PassSums, known_logs, may_name_results
@@ -136,6 +143,7 @@ class Run:
             self.class_weight = ClassWeight(class_weight, compiled.loss, device) if class_weight is not None else None
             self._looked_at = compiled.looked_at
 
+        self._watch = ExitStack()  # of the layers, until the first loss
         self.epoch = self.initial_epoch
         self.batch = self.step = self.num_samples = 0
         self.step_is_due = True
@@ -175,6 +183,7 @@ class Run:
     def release(self) -> None:
         """Let go of what the call no longer needs: its callbacks' hold on it, and loader workers between two epochs."""
         self.callbacks.end()
+        self._watch.close()
         if self.train_data is not None:
             self.train_data.restart()
 
@@ -275,6 +284,8 @@ class Run:
             if callbacks.has_train_batch_begin:
                 callbacks.on_train_batch_begin(self.batch, {})
             yield x, y, sample_weight
+            if self.batch == 0:
+                self._watch.close()
             if self.step_is_due:
                 self.step += 1
                 self._window = []
@@ -362,6 +373,8 @@ class Run:
             if callbacks.has_test_batch_begin:
                 callbacks.on_test_batch_begin(batch, {})
             yield x, y, sample_weight
+            if batch == 0:
+                self._watch.close()
             if callbacks.has_test_batch_end:
                 callbacks.on_test_batch_end(batch, RunningLogs(sums))
             if self.train_data is None:
@@ -428,8 +441,11 @@ class Run:
             check_outputs(data.name, self.net, self.loss_fn.fn, x, outputs, y, warns=warns)
             self.sums.infer(map_nested(_detach, outputs), y)
             self._looked_at.add((is_training, kind))
+            self._watch.close()
 
         self.loss_fn.on_first_batch = look_at_outputs
+        self._watch.close()
+        self._watch.enter_context(watched_layers(self.net))
 
 
 def _is_due(epoch: int, freq: int | Collection[int]) -> bool:

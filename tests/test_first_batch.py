@@ -684,3 +684,29 @@ def test_traceback_of_an_error_in_the_user_s_code_ends_in_his_file(place, loop):
     assert (last.filename, last.name) == (__file__, place)
     assert error.value.__cause__ is None
     assert error.value.__context__ is None
+
+
+class Own(nn.Module):
+    """A forward of the user's own: what reaches the layer is known only there."""
+
+    def __init__(self, converts=False):
+        super().__init__()
+        self.linear, self.converts = nn.Linear(4, 3), converts
+
+    def forward(self, x):
+        return self.linear(x.float() if self.converts else x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.uint8], ids=str)
+def test_a_layer_inside_a_forward_of_ones_own_names_the_dtype_it_was_given(dtype, loop):
+    x, y = torch.ones(8, 4).to(dtype), torch.arange(8) % 3
+    net = Own()
+    model = kt.Model(net, device="cpu")
+    model.compile("cross_entropy", "sgd", loop=loop)
+    name = str(dtype).removeprefix("torch.")
+    with pytest.raises(ValueError, match=rf"the layer Linear\(.*was given Tensor\(8, 4\) {name}.*float32 weights"):
+        model.fit(x, y, verbose=0)
+    assert not net.linear._forward_pre_hooks
+    model.net.converts = True
+    model.fit(x, y, verbose=0)
+    assert not net.linear._forward_pre_hooks
