@@ -332,7 +332,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)  # type: ignore[no-untyped-call]
+        TorchFunctionMode.__exit__(self, *exception)
         for hook in self._hooks:
             hook.remove()
 

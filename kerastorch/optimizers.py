@@ -192,6 +192,14 @@ def make_scheduler(
     return lr_scheduler
 
 
+def set_option(group: dict[str, Any], key: str, value: Any) -> None:
+    """Set an option of a param group; a tensor in place, since the optimizer may hold it in a compiled step."""
+    if isinstance(group[key], Tensor):
+        group[key].fill_(value)
+    else:
+        group[key] = value
+
+
 @contextmanager
 def spanning_scheduler(name: str, optimizer: Optimizer, total: int | None) -> Iterator[LRScheduler]:
     """Give the scheduler of this name over the `total` scheduler steps of one fit; at the end put the rates back.
@@ -218,8 +226,5 @@ def spanning_scheduler(name: str, optimizer: Optimizer, total: int | None) -> It
     finally:
         for group, options in zip(optimizer.param_groups, before, strict=False):
             for key, value in options.items():
-                if isinstance(group[key], Tensor):
-                    group[key].fill_(value)
-                else:
-                    group[key] = value
+                set_option(group, key, value)
             group.pop("initial_lr", None)  # from which the next fit's scheduler would start

@@ -539,7 +539,7 @@ DRAWING = ("loader that shuffles", "loader with a generator", "loader with a sam
 def test_every_kind_of_input_validates_the_same_in_each_epoch(name: str) -> None:
     kind = KINDS[name]
     model = make_model(kind, "script")
-    model.optimizer.param_groups[0]["lr"] = 0.0  # type: ignore[union-attr]
+    model.optimizer.param_groups[0]["lr"] = 0.0
     x, y = given(kind)
     arguments = {key: value for key, value in kind.fit.items() if key in ("batch_size", "shuffle")}
     sizes = {"validation_batch_size": 4} if "batch_size" in arguments else {}
@@ -638,7 +638,7 @@ def test_an_endless_iterable_validates_each_epoch_from_its_beginning(loop: str) 
             return endless(pairs())
 
     model = make_model(KINDS["tensors"], loop)
-    model.optimizer.param_groups[0]["lr"] = 0.0  # type: ignore[union-attr]
+    model.optimizer.param_groups[0]["lr"] = 0.0
     history = model.fit(X, Y, epochs=3, validation_data=Endless(), validation_steps=2, verbose=0)
     assert history.history["val_loss"] == [model.evaluate(X[:8], Y[:8], batch_size=4, verbose=0)["loss"]] * 3
 

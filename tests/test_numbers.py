@@ -84,7 +84,7 @@ def test_epoch_averages_by_the_first_dimension_of_x_and_not_by_tokens() -> None:
     hats[0][:, 0] = 2.0
     batches = [((torch.zeros(len(hat), 1), hat), y) for hat, y in zip(hats, targets, strict=True)]
     net = nn.ModuleDict({"tokens": Tokens(), "unused": nn.Linear(1, 1)})
-    net.forward = net["tokens"].forward  # type: ignore[method-assign]
+    net.forward = net["tokens"].forward
     model = make_model(net, loss="cross_entropy", metrics=["accuracy"])
     losses = [cross_entropy(hat, y).item() for hat, y in zip(hats, targets, strict=True)]
     logs = model.evaluate(batches, verbose=0)

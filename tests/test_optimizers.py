@@ -48,7 +48,7 @@ def test_named_optimizer_equals_torch_s_own_to_the_bit(name: str) -> None:
     mine, theirs, cls = make_net(), make_net(), OPTIMIZERS[name]
     fused = {"fused": True} if "fused" in inspect.signature(cls).parameters else {}
     after = train(mine, make_optimizer(name, mine))
-    expected = train(theirs, cls(theirs.parameters(), **fused))  # type: ignore[call-arg]
+    expected = train(theirs, cls(theirs.parameters(), **fused))
     assert all(map(torch.equal, after, expected))
     assert not any(map(torch.equal, after, make_net().parameters()))
 
@@ -80,7 +80,7 @@ def test_sparse_embedding_gets_an_sgd_that_is_not_fused_and_steps() -> None:
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "adagrad"])
 def test_parameters_that_torch_can_not_step_fused_get_the_plain_step(name: str) -> None:
     mine, theirs = (nn.ParameterDict({"p": torch.ones(3, dtype=torch.complex64)}) for _ in range(2))
-    for net, optimizer in ((mine, make_optimizer(name, mine)), (theirs, OPTIMIZERS[name](theirs.parameters()))):  # type: ignore[call-arg]
+    for net, optimizer in ((mine, make_optimizer(name, mine)), (theirs, OPTIMIZERS[name](theirs.parameters()))):
         net["p"].abs().square().sum().backward()
         optimizer.step()
     assert torch.equal(mine["p"], theirs["p"])
@@ -136,7 +136,7 @@ def test_what_can_not_make_an_optimizer_is_refused_with_the_names(optimizer: Any
 
 def test_factory_that_makes_something_else_is_refused() -> None:
     with pytest.raises(TypeError, match=r"must make a torch\.optim\.Optimizer, but .*list.* made a list"):
-        make_optimizer(list, make_net())  # type: ignore[arg-type]
+        make_optimizer(list, make_net())
 
 
 def test_net_without_parameters_is_refused() -> None:
@@ -282,7 +282,7 @@ def test_what_can_not_make_a_scheduler_is_refused(lr_scheduler: Any) -> None:
 
 def test_factory_that_makes_no_scheduler_is_refused() -> None:
     with pytest.raises(TypeError, match=r"must make a torch scheduler.*made a .*SGD"):
-        make_scheduler(lambda optimizer: optimizer, sgd())  # type: ignore[arg-type, return-value]
+        make_scheduler(lambda optimizer: optimizer, sgd())
 
 
 def rates(scheduler: Any, steps: int) -> list[float]:

@@ -111,7 +111,7 @@ def test_verbose_2_is_a_line_in_a_terminal_too(terminal: None) -> None:
 def test_notebook_gets_a_bar_and_a_plain_ipython_in_a_file_a_line(
     monkeypatch: pytest.MonkeyPatch, log_file: None, shell: object, is_bar: bool
 ) -> None:
-    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: shell))
     assert Progress("auto").shows_bar is is_bar
 
 

@@ -7,9 +7,8 @@ import math
 from collections.abc import Callable
 from numbers import Real
 
-import torch
-
 from kerastorch.callbacks.callback import Callback, Logs
+from kerastorch.optimizers import set_option
 
 LR_NAMES = ("lr", "learning_rate")
 
@@ -46,10 +45,7 @@ class LearningRateScheduler(Callback):
         if not (math.isfinite(rate) and rate >= 0):
             raise ValueError(f"schedule must return a finite rate >= 0; in epoch {epoch} it returned {rate}.")
         for group in self.run.optimizer.param_groups:
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(float(rate))  # the optimizer may hold the tensor itself, in a compiled step
-            else:
-                group["lr"] = float(rate)
+            set_option(group, "lr", float(rate))
         if self.verbose:
             print(f"Epoch {epoch + 1}: learning rate set to {float(rate):g}.")
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
-
 from kerastorch.callbacks.callback import Callback, Logs, Monitor
 from kerastorch.errors import check_int
+from kerastorch.optimizers import set_option
 
 
 class ReduceLROnPlateau(Callback):
@@ -88,9 +87,5 @@ class ReduceLROnPlateau(Callback):
         for group, rate in zip(self.run.optimizer.param_groups, before, strict=True):
             if rate <= self.min_lr:
                 continue
-            new_rate = max(rate * self.factor, self.min_lr)
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(new_rate)  # the optimizer may hold the tensor itself, in a compiled step
-            else:
-                group["lr"] = new_rate
+            set_option(group, "lr", max(rate * self.factor, self.min_lr))
         return self._rates() != before

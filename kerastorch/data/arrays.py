@@ -5,9 +5,9 @@ Sisters, in the order in which they use each other: weights.py, dataset.py, sour
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from numbers import Number
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,7 +44,8 @@ def default_sampler(loader: DataLoader[Any]) -> SequentialSampler | RandomSample
         return None
     sampler = batch_sampler.sampler
     is_plain = type(sampler) is SequentialSampler or (type(sampler) is RandomSampler and not sampler.replacement)
-    return sampler if is_plain and len(sampler) == len(loader.dataset) else None  # type: ignore[arg-type,return-value]
+    has_all = is_plain and len(cast(Sized, sampler)) == len(cast(Sized, loader.dataset))
+    return cast("SequentialSampler | RandomSampler", sampler) if has_all else None
 
 
 def rebuild_loader(loader: DataLoader[Any], dataset: Dataset[Any], **changes: Any) -> DataLoader[Any]:
@@ -118,7 +119,7 @@ def _from_numpy(value: Any) -> Tensor:
 def num_rows(dataset: Dataset[Any], *, what: str) -> int:
     """Return the length of a map-style dataset; ValueError, naming what needs it, where it has none."""
     try:
-        return len(dataset)  # type: ignore[arg-type]  # the base class does not say that map-style ones have a length
+        return len(cast(Sized, dataset))  # the base class does not say that map-style ones have a length
     except TypeError:
         raise ValueError(f"{what} needs a Dataset with __len__, and {type(dataset).__name__} has none.") from None
 

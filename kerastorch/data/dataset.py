@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Subset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler, Subset, TensorDataset
 
 from kerastorch.data.arrays import (
     NestedDataset,
@@ -85,7 +85,8 @@ def split_dataset(data: Any, fraction: float, *, caller: str = "fit") -> tuple[A
                 "and pass validation_data."
             )
         train, val = split_dataset(data.dataset, fraction, caller=caller)
-        batch_size, drop_last = data.batch_sampler.batch_size, data.batch_sampler.drop_last  # type: ignore[union-attr]
+        batches = cast(BatchSampler, data.batch_sampler)  # default_sampler knows no other
+        batch_size, drop_last = batches.batch_size, batches.drop_last
         order = RandomSampler(train, generator=sampler.generator) if isinstance(sampler, RandomSampler) else None
         return (
             rebuild_loader(data, train, batch_size=batch_size, drop_last=drop_last, sampler=order),

@@ -9,8 +9,8 @@ import math
 import multiprocessing
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -230,7 +230,7 @@ def _length(batches: Iterable[Any]) -> int | None:
     if isinstance(batches, DataLoader) and isinstance(batches.dataset, IterableDataset):
         return None  # its len() is a guess
     try:
-        return len(batches)  # type: ignore[arg-type]
+        return len(cast(Sized, batches))
     except TypeError:
         return None
 

@@ -120,10 +120,10 @@ def test_a_second_parameter_with_a_default_that_is_not_the_rate_is_refused_when_
 
 def test_what_cannot_be_called_or_read_is_refused_when_made() -> None:
     with pytest.raises(TypeError, match=r"must be a function of \(epoch, lr\) or \(epoch\), got float"):
-        LearningRateScheduler(0.1)  # type: ignore[arg-type]
+        LearningRateScheduler(0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(make_net().parameters(), lr=0.1), 1)
     with pytest.raises(TypeError, match=r"got StepLR; a torch scheduler goes to compile\(lr_scheduler="):
-        LearningRateScheduler(scheduler)  # type: ignore[arg-type]
+        LearningRateScheduler(scheduler)
     with pytest.raises(TypeError, match=r"what schedule=.* takes can't be read"):
         LearningRateScheduler(min)
 

@@ -347,7 +347,7 @@ def test_a_filepath_that_is_a_folder_is_refused_before_the_first_step(tmp_path: 
 
 def test_bad_mode_is_refused_when_made(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"mode='mim' is not known; did you mean 'min'"):
-        ModelCheckpoint(tmp_path / "a.pt", mode="mim")  # type: ignore[arg-type]
+        ModelCheckpoint(tmp_path / "a.pt", mode="mim")
 
 
 # ---- failures while it writes ----

@@ -258,11 +258,11 @@ def test_other_bad_arguments_are_refused_when_made() -> None:
     with pytest.raises(ValueError, match=r"patience must be at least 0, got -1"):
         ReduceLROnPlateau(patience=-1)
     with pytest.raises(TypeError, match=r"cooldown must be an int, got 1\.5"):
-        ReduceLROnPlateau(cooldown=1.5)  # type: ignore[arg-type]
+        ReduceLROnPlateau(cooldown=1.5)
     with pytest.raises(ValueError, match=r"min_lr must be at least 0, got -0\.1"):
         ReduceLROnPlateau(min_lr=-0.1)
     with pytest.raises(ValueError, match=r"mode='mim' is not known; did you mean 'min'"):
-        ReduceLROnPlateau(mode="mim")  # type: ignore[arg-type]
+        ReduceLROnPlateau(mode="mim")
 
 
 def test_a_monitor_that_cannot_exist_is_refused_before_the_first_step() -> None:

@@ -48,7 +48,7 @@ def test_image_size_28_has_the_shape_of_mnist() -> None:
 
 @pytest.mark.parametrize("image_size", [8, 28])
 def test_images_are_float32_between_0_and_1_and_labels_int64(image_size: int) -> None:
-    for x, y in digits(image_size):  # type: ignore[arg-type]
+    for x, y in digits(image_size):
         assert x.dtype == torch.float32
         assert y.dtype == torch.int64
         assert x.min() == 0.0
@@ -93,7 +93,7 @@ def test_image_size_28_is_a_bilinear_upscale_of_the_same_images() -> None:
 
 @pytest.mark.parametrize("image_size", [8, 28])
 def test_two_calls_are_equal_and_share_no_memory(image_size: int) -> None:
-    for (x, y), (x_again, y_again) in zip(digits(image_size), digits(image_size), strict=True):  # type: ignore[arg-type]
+    for (x, y), (x_again, y_again) in zip(digits(image_size), digits(image_size), strict=True):
         assert torch.equal(x, x_again)
         assert torch.equal(y, y_again)
         assert x.data_ptr() != x_again.data_ptr()
@@ -112,17 +112,17 @@ def test_global_random_states_are_untouched() -> None:
 def test_bad_image_size_is_refused_and_named(image_size: object) -> None:
     message = f"image_size must be 8 or 28, got {image_size!r}."
     with pytest.raises(ValueError, match=re.escape(message)):
-        digits(image_size)  # type: ignore[arg-type]
+        digits(image_size)
 
 
 @pytest.mark.parametrize("image_size", [8, 28])
 def test_a_linear_softmax_net_learns_more_than_90_percent_of_the_test_labels(image_size: int) -> None:
-    (x_train, y_train), (x_test, y_test) = digits(image_size)  # type: ignore[arg-type]
+    (x_train, y_train), (x_test, y_test) = digits(image_size)
     weight = torch.zeros(image_size * image_size, 10, requires_grad=True)
     optimizer = torch.optim.Adam([weight], lr=0.05)
     for _ in range(40):
         loss = cross_entropy(x_train.flatten(1) @ weight, y_train)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     accuracy = ((x_test.flatten(1) @ weight).argmax(1) == y_test).float().mean().item()
