@@ -1,36 +1,257 @@
-"""The on-disk format: the usual PyTorch recipe's dict in one file, written whole or not at all.
+"""The on-disk format: the usual PyTorch recipe's dict in one file, written whole or not at all, read without pickle.
 
-The only file that calls torch.save. Sisters: history.py, data/.
+The only file that calls torch.save and torch.load. Sisters: history.py, data/.
 """
 
 from __future__ import annotations
 
+import errno
+import glob
+import io
 import os
+import re
+import shutil
+import threading
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
+from torch import Tensor, nn
+
+PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype)
 
 
-def write_checkpoint(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+class CheckpointError(RuntimeError):
+    """A file that can't be used as a checkpoint: damaged, unsafe or of another kind."""
+
+
+def write_checkpoint(
+    path: str | os.PathLike[str], content: Mapping[str, Any], *, last_good: str | os.PathLike[str] | None = None
+) -> None:
     """Write content (tensors and plain containers) to path so that a crash leaves the old file or the new one, whole.
 
-    The file opens with torch.load(path, weights_only=True).   Raises OSError naming the path where it can't be written.
+    The file opens with torch.load(path, weights_only=True). What killed writers of this file left behind is removed.
+    last_good: the file that the error names as still whole, where path itself does not exist yet.
+    Raises TypeError, naming the key, for content that such a file can't hold; OSError, with the path, the reason and
+    the bytes needed, where it can't be written.
     """
+    check_plain(content)
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    prefix = f".{path.name}."
+    temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
+        with open(temporary, "wb", buffering=0) as file:
+            torch.save(content, cast(IO[bytes], _WholeWriter(file)))
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _sync_folder(path.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, (OSError, RuntimeError)):  # torch's zip writer turns a full disk into a RuntimeError
-            raise OSError(f"checkpoint {str(path)!r} could not be written: {error}") from error
+        if isinstance(error, (OSError, RuntimeError)):  # torch's zip writer makes a RuntimeError of a full disk
+            raise _not_written(error, path, content, last_good) from error
         raise
-    _sync_folder(path.parent)
+    for left in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+        left.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return what write_checkpoint, or the usual torch.save of a dict, wrote; tensors on the CPU. Runs no code.
+
+    Raises FileNotFoundError or another OSError where there is no file to read; CheckpointError, saying what is wrong
+    and with which part, for a damaged file, one that would run code, one that unpacks to more bytes than it has, or one
+    that holds no dict.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, but this is a folder", str(path))
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        try:
+            with zipfile.ZipFile(file) as archive:
+                entries = archive.infolist()
+                stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
+                if not stored or sum(entry.file_size for entry in entries) > size:
+                    raise CheckpointError(
+                        f"{str(path)!r} unpacks to more than its {size} bytes: torch.save wrote no such file."
+                    )
+                damaged = archive.testzip()  # torch.load passes a flipped byte
+        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OverflowError) as error:
+            raise CheckpointError(f"{str(path)!r} ({size} bytes) is damaged, or no checkpoint: {error}") from None
+        if damaged is not None:
+            raise CheckpointError(
+                f"{str(path)!r} is damaged: its part {damaged!r} does not have the checksum it was written with."
+            )
+        file.seek(0)
+        try:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a forged file makes torch raise
+            raise CheckpointError(f"{str(path)!r} can't be loaded: {_reason(error)}") from error
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, not a checkpoint's dict.")
+    return content
+
+
+class CheckpointWriter:
+    """What a callback writes through: one file at a time, into a place that no other writer has.
+
+    owner: what errors call the callback.   place: the path, or template of paths, that it writes to.
+    is_async: copy the content to the CPU and write it in a thread, while training goes on.
+    """
+
+    def __init__(self, owner: str, place: Path, *, is_async: bool) -> None:
+        from filelock import FileLock, Timeout  # comes with torch
+
+        self.is_async = is_async
+        self.last_path: Path | None = None
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        name = re.sub(r"[^\w.-]", "_", place.name)
+        self._lock = FileLock(place.with_name(f".{name}.lock"), timeout=0)
+        try:
+            self._lock.acquire()
+        except Timeout:
+            raise ValueError(f"{owner} can't write to {str(place)!r}: another callback or run writes there.") from None
+
+    def write(self, path: Path, content: Mapping[str, Any], after: Callable[[], None]) -> None:
+        """Write content to path, then call after(). Raises as write_checkpoint; in a thread, at the next call."""
+        self.wait()
+        if not self.is_async:
+            self._write(path, content, after)
+            return
+        check_plain(content)
+        self._thread = threading.Thread(target=self._try_to_write, args=(path, _copy_to_cpu(content, {}), after))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for the file that is being written; raises what went wrong with it."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Wait, and let others write there."""
+        try:
+            self.wait()
+        finally:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
+
+    def _write(self, path: Path, content: Mapping[str, Any], after: Callable[[], None]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_checkpoint(path, content, last_good=self.last_path)
+        self.last_path = path
+        after()
+
+    def _try_to_write(self, path: Path, content: Mapping[str, Any], after: Callable[[], None]) -> None:
+        try:
+            self._write(path, content, after)
+        except Exception as error:
+            self._error = error
+
+
+def newest_first(paths: Iterable[Path]) -> list[Path]:
+    """Return paths by the time they were written; within one tick of the clock by the numbers in their names."""
+
+    def age(path: Path) -> tuple[int, list[int]]:
+        return path.stat().st_mtime_ns, [int(number) for number in re.findall(r"\d+", path.name)]
+
+    return sorted(paths, key=age, reverse=True)
+
+
+def check_plain(value: object, key: str = "") -> None:
+    """Raise TypeError, naming the key, unless value is made of what torch.load(weights_only=True) reads."""
+    if type(value) in (dict, OrderedDict):
+        for name, item in value.items():  # type: ignore[attr-defined]
+            check_plain(name, f"the key {name!r} of {key or 'the checkpoint'}")
+            check_plain(item, f"{key}[{name!r}]")
+    elif type(value) in (list, tuple, set):
+        for i, item in enumerate(value):  # type: ignore[arg-type]
+            check_plain(item, f"{key}[{i}]")
+    elif type(value) not in (*PLAIN_TYPES, Tensor, nn.Parameter):
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise TypeError(
+            f"a checkpoint can't hold {key}, a {kind}: it takes tensors, numbers, strings, None, and lists, tuples and "
+            "dicts of them, so that it opens without running code."
+        )
+
+
+def num_bytes(value: Any) -> int:
+    """Return the bytes of the tensors in content, each storage once."""
+    storages: dict[int, int] = {}
+
+    def visit(value: Any) -> None:
+        if isinstance(value, Tensor):
+            if value.layout is torch.strided:
+                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, Mapping):
+            for item in value.values():
+                visit(item)
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                visit(item)
+
+    visit(value)
+    return sum(storages.values())
+
+
+def _copy_to_cpu(value: Any, copies: dict[tuple[object, ...], Tensor]) -> Any:
+    """Return content with its tensors copied to the CPU; one that stands in it twice is copied once."""
+    if isinstance(value, Tensor):
+        if value.layout is not torch.strided:
+            return value.detach().to("cpu", copy=True)
+        key = (value.data_ptr(), value.dtype, value.shape, value.stride(), value.device)
+        if key not in copies or value.numel() == 0:
+            copies[key] = value.detach().to("cpu", copy=True)
+        return copies[key]
+    if isinstance(value, dict):
+        return {name: _copy_to_cpu(item, copies) for name, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copy_to_cpu(item, copies) for item in value)
+    return value
+
+
+class _WholeWriter(io.RawIOBase):
+    """Writes all of each buffer to an unbuffered file, which may take a part at a time; torch takes that for an end."""
+
+    def __init__(self, file: io.RawIOBase) -> None:
+        self.file = file
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        while rest:
+            rest = rest[self.file.write(rest) or 0 :]
+        return len(memoryview(data).cast("B"))
+
+
+def _not_written(
+    error: BaseException, path: Path, content: Mapping[str, Any], last_good: str | os.PathLike[str] | None
+) -> OSError:
+    first: BaseException | None = error
+    while first is not None and not isinstance(first, OSError):
+        first = first.__context__
+    number = first.errno if isinstance(first, OSError) and first.errno is not None else errno.EIO
+    reason = os.strerror(number) if first is not None else str(error)
+    needed = f"it takes about {num_bytes(content) / 1e6:.1f} MB"
+    if path.parent.is_dir():
+        needed += f", {shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free on its disk"
+    good = path if path.exists() else last_good
+    still = f"; {str(good)!r} of before is still whole" if good is not None else ""
+    return OSError(number, f"checkpoint {str(path)!r} could not be written: {reason}; {needed}{still}")
+
+
+def _reason(error: Exception) -> str:
+    """Return torch's reason without its advice to load the file in the way that runs code."""
+    text = str(error) or type(error).__name__
+    for line in text.splitlines():
+        if "GLOBAL" in line or "Unsupported" in line:
+            return f"{line.strip().rstrip('.')}, which could run code. Only tensors and plain containers are loaded."
+    return text.splitlines()[0]
 
 
 def _sync_folder(folder: Path) -> None:

@@ -159,32 +159,51 @@ def set_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def get_random_state(*generators: torch.Generator) -> list[Any]:
-    """Return python's, numpy's, torch's and CUDA's random states, and those of the generators given."""
+def get_random_state(*generators: torch.Generator) -> dict[str, Any]:
+    """Return python's, numpy's, torch's and CUDA's random states, and those of the generators given.
+
+    Tensors, numbers and plain containers only, as a checkpoint takes them.
+    """
+    return {
+        **get_cpu_random_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
+        "generators": [generator.get_state() for generator in generators],
+    }
+
+
+def get_cpu_random_state() -> dict[str, Any]:
+    """Return the random states that a DataLoader's worker has: python's, numpy's and torch's."""
     import numpy as np
 
-    return [
-        *(random.getstate(), np.random.get_state(), torch.get_rng_state()),
-        torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None,
-        torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
-        [generator.get_state() for generator in generators],
-    ]
+    _, key, *position = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": [torch.from_numpy(np.asarray(key).astype(np.int64)), *position],
+        "torch": torch.get_rng_state(),
+    }
 
 
-def set_random_state(state: list[Any], *generators: torch.Generator) -> None:
-    """Set what get_random_state returned, for the same generators."""
-    import numpy as np
-
-    python_state, numpy_state, torch_state, cuda_states, mps_state, own_states = state
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)
-    torch.set_rng_state(torch_state)
-    if cuda_states is not None:
-        torch.cuda.set_rng_state_all(cuda_states)
-    if mps_state is not None:
-        torch.mps.set_rng_state(mps_state)
-    for generator, own_state in zip(generators, own_states, strict=True):
+def set_random_state(state: Mapping[str, Any], *generators: torch.Generator) -> None:
+    """Set what get_random_state returned, for the same generators; states of devices that are not there are left."""
+    set_cpu_random_state(state)
+    if state["cuda"] is not None and torch.cuda.is_available():
+        for i, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda_state, i)
+    if state["mps"] is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+    for generator, own_state in zip(generators, state["generators"], strict=True):
         generator.set_state(own_state)
+
+
+def set_cpu_random_state(state: Mapping[str, Any]) -> None:
+    """Set what get_cpu_random_state returned."""
+    import numpy as np
+
+    key, *position = state["numpy"]
+    random.setstate(state["python"])
+    np.random.set_state(("MT19937", key.numpy().astype(np.uint32), *position))
+    torch.set_rng_state(state["torch"])
 
 
 @contextmanager

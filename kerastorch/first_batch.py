@@ -113,12 +113,14 @@ def check_outputs(
     y: Nested,
     *,
     warns: bool = True,
+    was_trained: bool = False,
     of: str = "",
 ) -> None:
     """Raise ValueError, or warn, where outputs and targets are not what a torch loss takes.
 
     data_name: what the data is called.   fn: the loss, or OutputLosses; of one's own only NaN is looked for.
-    warns: whether to warn too.   of: which of several outputs this is, for the messages.
+    warns: whether to warn too.   was_trained: whether this fit has changed the weights, which may have become NaN.
+    of: which of several outputs this is, for the messages.
     """
     if isinstance(fn, OutputLosses):
         if isinstance(y, (tuple, list, Mapping)) and len(y) > len(fn.losses):
@@ -129,7 +131,9 @@ def check_outputs(
             )
         for key, part in fn.losses.items():
             parts = pick_output(outputs, key, "the outputs"), pick_output(y, key, "the targets")
-            check_outputs(data_name, net, part, x, *parts, warns=warns, of=f" of {output_name(key)}")
+            check_outputs(
+                data_name, net, part, x, *parts, warns=warns, was_trained=was_trained, of=f" of {output_name(key)}"
+            )
         return
     scale = loss_scale(fn)
     if y is None and scale != "unknown" and is_torch_own(fn):
@@ -137,7 +141,7 @@ def check_outputs(
             "the batches hold no targets, but the loss needs them: give fit(x, y), or batches (x, y). "
             "Two inputs without a target are ((a, b),)."
         )
-    _check_outputs_finite(net, x, outputs)
+    _check_outputs_finite(net, x, outputs, was_trained)
     if scale == "unknown" or not is_torch_own(fn):
         return
     same_length = isinstance(outputs, Tensor) and outputs.dim() > 0 and len(outputs) == num_samples(x)
@@ -168,7 +172,7 @@ def check_outputs(
         _warn_of_activation(name, scale, net, outputs.float())
 
 
-def _check_outputs_finite(net: nn.Module, x: Nested, outputs: Nested) -> None:
+def _check_outputs_finite(net: nn.Module, x: Nested, outputs: Nested, was_trained: bool) -> None:
     if all(_is_finite(leaf) or not bool((leaf.isnan() | leaf.isposinf()).any()) for leaf in leaves(outputs)):
         return  # -inf is how logits are masked
     for leaf in leaves(x):
@@ -179,6 +183,8 @@ def _check_outputs_finite(net: nn.Module, x: Nested, outputs: Nested) -> None:
             )
     for name, parameter in net.named_parameters():
         if not _is_finite(parameter):
+            if was_trained:
+                return  # the History shows it
             raise ValueError(f"the parameter {name!r} holds {_count_bad(parameter)}: the net was broken before fit().")
     warnings.warn("the net's outputs for the first batch are not finite, though x and the weights are.", stacklevel=2)
 

@@ -36,6 +36,19 @@ class History:
             self.append(self.epoch[-1] + 1 if self.epoch else 0, row)
 
     @property
+    def last_logs(self) -> dict[str, LogValue]:
+        """The logs of the last finished epoch; empty before the first."""
+        return dict(self._rows[-1]) if self._rows else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the epochs' indices and logs as plain lists and dicts."""
+        return {"epoch": list(self.epoch), "logs": [dict(row) for row in self._rows]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Hold the epochs of state_dict() and no others."""
+        self.epoch, self._rows = list(state["epoch"]), [dict(row) for row in state["logs"]]
+
+    @property
     def history(self) -> dict[str, list[LogValue]]:
         """{name: values}, one value for each epoch that has it, names in the order in which they came."""
         columns: dict[str, list[LogValue]] = {}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from kerastorch.device import Nested, OutputKey, describe, num_samples, output_name, pick_output
+from kerastorch.device import Nested, OutputKey, describe, move_to_device, num_samples, output_name, pick_output
 from kerastorch.errors import canonical, look_up
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ class NamedMetric:
         self.name, self.scale, self.ignore_index = name, scale, ignore_index
         self.higher_is_better = _HIGHER_IS_BETTER[name]
         self.metric: Any = None
+        self.inferred_from: list[Any] = []  # shape and dtype of the outputs, and of the targets
 
     def clone(self) -> NamedMetric:
         return NamedMetric(self.name, self.scale, self.ignore_index)
@@ -125,6 +126,7 @@ class NamedMetric:
         """Settle the task, the class count and the sums from a batch; ValueError where they can't be told."""
         if not isinstance(outputs, Tensor) or not isinstance(y, Tensor):
             raise self._ambiguous(outputs, y, "by name it takes one tensor of outputs and one of targets")
+        self.inferred_from = [list(outputs.shape), outputs.dtype, list(y.shape), y.dtype]
         if self.name in REGRESSION:
             self._infer_regression(outputs, y)
         elif self.name == "perplexity":
@@ -525,6 +527,25 @@ class PassSums:
         for metric in self.weighted_metrics.values():
             metric.update(outputs, y, sample_weight)
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the sums so far, the states of the metrics by name; tensors are the live ones."""
+        return {
+            "loss": self._loss_sum,
+            "num_samples": self._num_samples,
+            "parts": dict(self._part_sums),
+            "metrics": {name: _get_state(metric) for name, metric in self.all_metrics.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what state_dict() returned; a metric that it does not know starts empty."""
+        self._loss_sum.copy_(state["loss"])
+        self._num_samples = state["num_samples"]
+        device = self._loss_sum.device
+        self._part_sums = {name: part.to(device) for name, part in state["parts"].items()}
+        for name, metric in self.all_metrics.items():
+            if state["metrics"].get(name) is not None:
+                _set_state(metric, state["metrics"][name], device)
+
     def compute(self) -> dict[str, LogValue]:
         """Return {"loss": ..., metric: ...} as python numbers (a sync); empty where nothing was added.
 
@@ -545,6 +566,40 @@ class PassSums:
             for key, part in value.items() if isinstance(value, Mapping) else [(name, value)]:
                 logs[key] = _to_number(part)
         return logs | {name: part.item() / self._num_samples for name, part in self._part_sums.items()}
+
+
+def _get_state(metric: AnyMetric) -> Any:
+    if isinstance(metric, OutputMetric):
+        return _get_state(metric.metric)
+    if isinstance(metric, NamedMetric):
+        if metric.metric is None:
+            return None
+        return {"inferred_from": metric.inferred_from, "metric": _get_state(metric.metric)}
+    if isinstance(metric, MeanMetric):
+        return {"sum": metric.sum, "count": metric.count}
+    parts = {path: part for path, part in metric.named_modules() if hasattr(part, "metric_state")}
+    return {path: {"updates": part.update_count, **part.metric_state} for path, part in parts.items()}
+
+
+def _set_state(metric: AnyMetric, state: Mapping[str, Any], device: torch.device) -> None:
+    if isinstance(metric, OutputMetric):
+        _set_state(metric.metric, state, device)
+    elif isinstance(metric, NamedMetric):
+        shape, dtype, y_shape, y_dtype = state["inferred_from"]
+        outputs, y = (
+            torch.zeros((), dtype=d, device=device).expand(s) for s, d in ((shape, dtype), (y_shape, y_dtype))
+        )
+        metric.infer(outputs, y)
+        _set_state(metric.metric, state["metric"], device)
+    elif isinstance(metric, MeanMetric):
+        metric.sum, metric.count = (move_to_device(state[name], device) for name in ("sum", "count"))
+    else:
+        for path, part in metric.named_modules():
+            if path in state:
+                values = dict(state[path])
+                part._update_count = values.pop("updates")  # without which compute() warns; nothing public sets it
+                for name, value in values.items():
+                    setattr(part, name, move_to_device(value, device))
 
 
 def _is_collection(metric: AnyMetric) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from numbers import Real
@@ -48,7 +49,9 @@ from kerastorch.optimizers import (
 )
 from kerastorch.progress import Progress, Verbose
 from kerastorch.report import Report
+from kerastorch.resume import check_content, find_checkpoint
 from kerastorch.run import AUTOCAST_DTYPES, Compiled, Run
+from kerastorch.stopping import OnInterrupt, caught_signals, check_on_interrupt, end_interrupted
 
 if TYPE_CHECKING:
     from kerastorch.metrics import MetricSpec
@@ -173,6 +176,8 @@ class Model:
         validation_steps: int | None = None,
         validation_batch_size: int | None = None,
         validation_freq: int | Collection[int] = 1,
+        resume: bool | str | os.PathLike[str] | None = None,
+        on_interrupt: OnInterrupt = "auto",
         **unknown: NoReturn,
     ) -> History:
         """Train, and return the History of this call; called again it trains on.
@@ -189,10 +194,18 @@ class Model:
         sample_weight: (N,), one for each row of arrays, of a Dataset or of a plain loader's; also a batch's third item.
         steps_per_epoch: batches an epoch; the data goes on between epochs and starts again when used up.
         validation_steps: batches of each validation, from the beginning.
+        resume: True goes on, to the bit, from the newest good file of the checkpointing callback given, or begins where
+        there is none; a path from that file. epochs is the final index then, and the History holds the epochs before.
+        on_interrupt: Ctrl-C or the stop button ends fit at the next optimizer step, after a last checkpoint and
+        on_train_end; then fit may "return" its History or "raise" KeyboardInterrupt; "auto" returns where somebody
+        types (a notebook, a prompt). With a callback that writes resume points SIGTERM does the same and exits with
+        status 143. A second signal ends fit at once.
+        A loss of NaN goes on and shows in the History; callbacks.TerminateOnNaN ends it.
         Shuffling and dropout draw from torch's seed as a hand-written loop over the same loader does.
         Raises RuntimeError before compile(), ValueError or TypeError for arguments and data that don't fit.
         """
         _refuse_unknown("fit", unknown, Model.fit)
+        check_on_interrupt(on_interrupt)
         compiled = self._get_compiled("fit")
         _check_steps(
             epochs=epochs,
@@ -254,14 +267,28 @@ class Model:
             validation_freq=validation_freq,
             class_weight=class_weight,
             logs_are_known=not is_own_loop(self._loop) and callback_list.are_all_built_in,
+            earlier_history=self.history,
         )
         run.check_before_start()
         run.history = History(self, run.params)
+        found = find_checkpoint(resume, callback_list.checkpointers)
+        if resume is True and found is None:
+            progress.say("No checkpoint yet: training begins at the beginning.")
         try:
-            with self._running(run), self._scheduler(run, compiled) as run.lr_scheduler:
+            with (
+                self._running(run),
+                self._scheduler(run, compiled) as run.lr_scheduler,
+                caught_signals(run.note_interrupt, sigterm=callback_list.writes_resume_points),
+            ):
+                if found is not None:
+                    run.resume_from, path = found
+                    check_content(run, run.resume_from, path)
+                    progress.say(f"Going on from {path}.")
                 self._loop.fit(run)
         finally:
             self.history.extend(run.history)
+        if run.interrupt is not None:
+            end_interrupted(run.interrupt, on_interrupt)
         return run.history
 
     def evaluate(

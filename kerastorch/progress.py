@@ -59,6 +59,12 @@ class Progress:
             seconds = time.monotonic() - self._begun
             print(" - ".join(filter(None, (self._title, f"{seconds:.1f}s", format_logs(logs, " - ")))), flush=True)
 
+    def say(self, text: str) -> None:
+        """Print a line of its own, unless the call is silent."""
+        self.clear()
+        if self.shows_bar or self.shows_line:
+            print(text, flush=True)
+
     def close(self) -> None:
         """Take the bar off the screen for good; harmless where there is none."""
         if self._bar is not None:

@@ -16,9 +16,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.swa_utils import AveragedModel
 
 from kerastorch.data import BatchSource, ClassWeight, Predictions, to_numpy
-from kerastorch.device import Nested, map_nested, move_to_device, num_samples
+from kerastorch.device import (
+    Nested,
+    get_random_state,
+    map_nested,
+    move_to_device,
+    num_samples,
+    set_random_state,
+)
 from kerastorch.first_batch import (
     check_batch_norm,
     check_devices,
@@ -31,6 +39,7 @@ from kerastorch.history import History
 from kerastorch.losses import Loss, LossFunction
 from kerastorch.metrics import AnyMetric, LogValue, PassSums, known_logs, may_name_results
 from kerastorch.progress import Progress
+from kerastorch.resume import bare_module, check_callbacks, get_content, restore
 
 if TYPE_CHECKING:
     from kerastorch.callbacks import CallbackList
@@ -89,6 +98,10 @@ class Run:
     forward: calls net with x as it came: net(x) for a tensor (then it is net itself), net(*x), net(**x).
     epoch, batch: indices from 0.   step: optimizer updates since fit began.   num_samples: rows in this batch.
     step_is_due: whether this batch ends an accumulation window.   stop_training: set it to end fit after this batch.
+    x, loss: this training batch's inputs and detached loss, on the device; None before the first.
+    epochs_done: the index after the last finished epoch's.   batches_done: batches of the running epoch, 0 at its end.
+    batches_seen: batches since fit began.   interrupt: the signal that asked to stop (SIGINT, SIGTERM), or None.
+    averaged_net: an average of the weights that EMA or SWA publish in the net's place, or None.
     history: the finished epochs.   val_logs: the last evaluation's logs, without "val_".
     """
 
@@ -114,6 +127,7 @@ class Run:
         class_weight: Mapping[int, float] | None = None,
         joins: bool = True,
         logs_are_known: bool = False,
+        earlier_history: History | None = None,
     ) -> None:
         self.net, self.device = net, device
         self.callbacks, self.progress = callbacks, progress
@@ -121,11 +135,14 @@ class Run:
         self.epochs, self.initial_epoch, self.steps_per_epoch = epochs, initial_epoch, steps_per_epoch
         self.validation_steps, self.validation_freq = validation_steps, validation_freq
         self.history = History()
+        self.earlier_history = earlier_history or History()  # of the fits before this one
+        self.resume_from: Mapping[str, Any] | None = None  # a checkpoint's content
         self.logs_are_known = False  # whether log_names lists all that can ever be monitored
         self.added_logs: list[str] = []  # keys that callbacks say, in on_train_begin, they will add to an epoch's logs
 
         self.mixed_precision: str | None = None
         self.lr_scheduler: LRScheduler | None = None
+        self.lr_scheduler_spans = compiled is not None and isinstance(compiled.lr_scheduler, str)  # this fit's epochs
         if compiled is not None:
             self.loss_fn = Loss(compiled.loss)
             self.optimizer, self.scaler = compiled.optimizer, compiled.scaler
@@ -144,10 +161,19 @@ class Run:
             self._looked_at = compiled.looked_at
 
         self._watch = ExitStack()  # of the layers, until the first loss
-        self.epoch = self.initial_epoch
+        self.epoch = self.epochs_done = self.initial_epoch
         self.batch = self.step = self.num_samples = 0
+        self.batches_done = self.batches_seen = 0
+        self.epoch_is_trained = False  # and may lack its validation
+        self.interrupt: int | None = None
+        self._is_cut = False  # whether an interrupt ended the running epoch
+        self.averaged_net: AveragedModel | None = None
+        self.keeps_average = False
+        self._is_swapped = False
         self.step_is_due = True
         self.stop_training = False
+        self.x: Nested = None
+        self.loss: Tensor | None = None
         self.val_logs: dict[str, LogValue] = {}
         self.forward: Callable[..., Any] = net
         self._forward_tuple = lambda x: net(*x)
@@ -184,8 +210,12 @@ class Run:
         """Let go of what the call no longer needs: its callbacks' hold on it, and loader workers between two epochs."""
         self.callbacks.end()
         self._watch.close()
-        if self.train_data is not None:
-            self.train_data.restart()
+        self.x = self.loss = self.resume_from = None
+        if self._is_swapped:  # by a validation that failed
+            self._swap_average()
+        for source in (self.train_data, self.val_data):
+            if source is not None:
+                source.release()
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -195,24 +225,41 @@ class Run:
     # ---- epochs ----
 
     def epoch_range(self) -> Iterator[int]:
-        """Yield the index of each epoch to train; fires the train and epoch hooks, ends early when told to stop."""
+        """Yield the index of each epoch to train; fires the train and epoch hooks, ends early when told to stop.
+
+        A resumed run goes on where its checkpoint was written, which is when all other hooks of the moment are through.
+        """
         self.optimizer.zero_grad()  # an earlier fit may have been cut between backward and step
         self.callbacks.on_train_begin({})
-        logs: dict[str, LogValue] = {}
-        for epoch in range(self.initial_epoch, self.epochs):
-            if self.stop_training:
+        self._prepare_checkpoints()
+        if self.resume_from is not None:
+            restore(self, self.resume_from)
+        logs = self.history.last_logs
+        for epoch in range(self.epochs_done, self.epochs):
+            if (self.stop_training and not self.batches_done) or self.interrupt is not None:
                 break
-            self.epoch, self.batch = epoch, -1
+            self.epoch, self.batch = epoch, self.batches_done - 1
             self.val_logs, self._epoch_logs = {}, None
-            self.train_sums.reset()
+            if not self.batches_done:
+                self.train_sums.reset()
             self.progress.begin(f"Epoch {epoch + 1}/{self.epochs}", self.num_batches)
             self.callbacks.on_epoch_begin(epoch, {})
+            if self.batches_done:  # in the run that goes on, the hook came before the batches
+                restore(self, cast(Mapping[str, Any], self.resume_from))
             yield epoch
+            if self._is_cut:
+                break
             logs = self.epoch_logs()
             self.progress.clear()
             self.callbacks.on_epoch_end(epoch, logs)
             self.history.append(epoch, logs)
+            self.epochs_done, self.batches_done, self.epoch_is_trained = epoch + 1, 0, False
+            self.callbacks.save("epoch", logs)
             self.progress.end(logs)
+        if self.interrupt is None:
+            self._adopt_average()
+        elif not self._is_cut:
+            self.callbacks.save("interrupt", logs)
         self.callbacks.on_train_end(logs)
 
     @property
@@ -239,7 +286,7 @@ class Run:
     @property
     def validation_is_due(self) -> bool:
         """Whether this epoch ends with a validation pass."""
-        return self.val_data is not None and _is_due(self.epoch + 1, self.validation_freq)
+        return self.val_data is not None and not self._is_cut and _is_due(self.epoch + 1, self.validation_freq)
 
     @property
     def validates_every_epoch(self) -> bool:
@@ -266,34 +313,117 @@ class Run:
     def train_batches(self) -> Iterator[tuple[Nested, Nested, Tensor | None]]:
         """Yield (x, y, sample_weight) on the device for each batch of an epoch; fires the train-batch hooks.
 
-        After the loop's body it counts the step, draws the bar and, told to stop, ends the epoch on an optimizer step.
+        After the loop's body it counts the step, draws the bar, lets checkpoints be written and, told to stop, ends the
+        epoch on an optimizer step.
         """
         assert self.train_data is not None
+        if self.epoch_is_trained or (self.stop_training and self.batches_done):  # as a resumed run may find it
+            return
         callbacks, sums, k = self.callbacks, self.train_sums, self.gradient_accumulation_steps
         self.sums = sums
         self._window = []
-        for (x, y, sample_weight), is_last in self.train_data.epoch(self.steps_per_epoch, look_ahead=k > 1):
+        is_first = True
+        for (x, y, sample_weight), is_last in self.train_data.epoch(
+            self.steps_per_epoch, done=self.batches_done, look_ahead=k > 1
+        ):
             self.batch += 1
             x, y, sample_weight = self._begin_batch(x, y, sample_weight)
-            if self.batch == 0:
+            if is_first:
                 self._look_at_inputs(x, y, sample_weight)
             if self.class_weight is not None:
                 sample_weight = self.class_weight(y, sample_weight)
+            self.x = x
             self._window.append(self.num_samples)
             self.step_is_due = is_last or len(self._window) == k
             if callbacks.has_train_batch_begin:
                 callbacks.on_train_batch_begin(self.batch, {})
             yield x, y, sample_weight
-            if self.batch == 0:
+            if is_first:
                 self._watch.close()
+                is_first = False
             if self.step_is_due:
                 self.step += 1
                 self._window = []
+            self.batches_done, self.batches_seen = self.batch + 1, self.batches_seen + 1
             if callbacks.has_train_batch_end:
                 callbacks.on_train_batch_end(self.batch, RunningLogs(sums))
             self.progress.update(self.batch + 1, sums.running)
-            if self.stop_training and self.step_is_due:
-                break
+            if self.step_is_due:
+                if self.interrupt is not None:
+                    return self._cut_epoch()
+                if callbacks.saves_within_epochs:
+                    callbacks.save("step", RunningLogs(sums))
+                if self.stop_training:
+                    break
+        callbacks.on_train_epoch_end(self.epoch, {})
+        self.epoch_is_trained = True
+
+    # ---- checkpoints, interrupts, averaged weights ----
+
+    def note_interrupt(self, signum: int) -> None:
+        """Ask the run to end at the next optimizer step; a signal handler calls it."""
+        self.interrupt = signum
+
+    def _prepare_checkpoints(self) -> None:
+        if self.callbacks.writes_resume_points:
+            check_callbacks(self.callbacks.callbacks)
+            for source in (self.train_data, self.val_data):
+                if source is not None:
+                    source.keep_position()
+
+    def get_content(self, loss: float) -> dict[str, Any]:
+        """Return what a checkpoint holds now; tensors are the live ones. loss: the epoch's so far."""
+        return get_content(self, loss)
+
+    def published_state_dict(self) -> dict[str, Any]:
+        """Return the weights that validation sees: the average where EMA or SWA keep one, else the net's. Bare keys."""
+        if self.averaged_net is None or self._is_swapped:
+            return bare_module(self.net).state_dict()
+        module: nn.Module = self.averaged_net.module
+        return module.state_dict()
+
+    def _cut_epoch(self) -> None:
+        """End an interrupted epoch where it is, after the last checkpoint."""
+        if self._is_swapped:
+            self._swap_average()
+        self._is_cut = True
+        self.progress.clear()
+        self.callbacks.save("interrupt", RunningLogs(self.train_sums))
+
+    @torch.no_grad()
+    def _swap_average(self) -> None:
+        """Exchange the net's weights and the average's, in place, since optimizers and graphs hold on to them."""
+        assert self.averaged_net is not None
+        average: nn.Module = self.averaged_net.module
+        own = bare_module(self.net)
+        for one, other in zip(
+            [*own.parameters(), *own.buffers()], [*average.parameters(), *average.buffers()], strict=True
+        ):
+            held = one.clone()
+            one.copy_(other)
+            other.copy_(held)
+        self._is_swapped = not self._is_swapped
+
+    def _adopt_average(self) -> None:
+        """Give the net the average for good, where the callback that keeps it was asked to."""
+        if self.averaged_net is not None and self.keeps_average:
+            bare_module(self.net).load_state_dict(self.averaged_net.module.state_dict())
+            self.averaged_net = None
+
+    def forward_over(self, source: BatchSource, net: nn.Module) -> None:
+        """Call net with each x of an epoch's worth of a source, as the loops call the run's net."""
+        count, steps = source.num_batches, self.steps_per_epoch
+        for (x, _, _), _ in source.one_pass(steps if count is None or (steps or count) < count else None):
+            x = move_to_device(x, self.device)
+            with self.autocast():
+                if isinstance(x, dict):
+                    net(**x)
+                elif _is_tuple(x):
+                    net(*x)
+                else:
+                    net(x)
+
+    # ---- the step ----
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the autocast of compile(mixed_precision=...), or a context that does nothing."""
@@ -339,7 +469,7 @@ class Run:
 
         ReduceLROnPlateau is given val_loss, or loss where there is no validation; it waits for an epoch that validates.
         """
-        if self.lr_scheduler is None or interval != self.lr_scheduler_interval:
+        if self.lr_scheduler is None or interval != self.lr_scheduler_interval or self._is_cut:
             return
         if interval == "step" and not self.step_is_due:
             return
@@ -355,7 +485,8 @@ class Run:
         if not isinstance(loss, Tensor):
             raise TypeError(f"a step must return (loss, outputs) with a tensor as loss, got {type(loss).__name__}.")
         outputs = map_nested(_detach, outputs) if self.sums.all_metrics else None
-        self.sums.update(loss.detach(), outputs, y, self.num_samples, sample_weight, self.loss_fn.parts)
+        self.loss = loss.detach()
+        self.sums.update(self.loss, outputs, y, self.num_samples, sample_weight, self.loss_fn.parts)
 
     # ---- evaluation and prediction ----
 
@@ -365,7 +496,11 @@ class Run:
         callbacks, sums = self.callbacks, self.val_sums
         self.sums = sums
         sums.reset()
+        is_in_fit = self.train_data is not None
+        random_state = get_random_state(*self.generators) if is_in_fit else None
         callbacks.on_test_begin({})
+        if self.averaged_net is not None:
+            self._swap_average()
         for batch, ((x, y, sample_weight), _) in enumerate(self.val_data.one_pass(self.validation_steps)):
             x, y, sample_weight = self._begin_batch(x, y, sample_weight)
             if batch == 0:
@@ -377,8 +512,14 @@ class Run:
                 self._watch.close()
             if callbacks.has_test_batch_end:
                 callbacks.on_test_batch_end(batch, RunningLogs(sums))
-            if self.train_data is None:
+            if not is_in_fit:
                 self.progress.update(batch + 1, sums.running)
+            elif self.interrupt is not None:
+                assert random_state is not None
+                set_random_state(random_state, *self.generators)  # a resumed run validates from the beginning
+                return self._cut_epoch()
+        if self._is_swapped:
+            self._swap_average()
         self.val_logs = sums.compute()
         callbacks.on_test_end(self.val_logs)
 
@@ -422,8 +563,7 @@ class Run:
         elif isinstance(x, dict):
             self.forward = self._forward_dict
         else:
-            is_nest = isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence)
-            self.forward = self._forward_tuple if is_nest else self.net
+            self.forward = self._forward_tuple if _is_tuple(x) else self.net
         return x, y, sample_weight
 
     def _look_at_inputs(self, x: Nested, y: Nested, sample_weight: Nested) -> None:
@@ -438,7 +578,7 @@ class Run:
         check_inputs(data.name, self.net, self.loss_fn.fn, x, y, sample_weight, self.mixed_precision is not None)
 
         def look_at_outputs(outputs: Nested, y: Nested) -> None:
-            check_outputs(data.name, self.net, self.loss_fn.fn, x, outputs, y, warns=warns)
+            check_outputs(data.name, self.net, self.loss_fn.fn, x, outputs, y, warns=warns, was_trained=self.step > 0)
             self.sums.infer(map_nested(_detach, outputs), y)
             self._looked_at.add((is_training, kind))
             self._watch.close()
@@ -446,6 +586,10 @@ class Run:
         self.loss_fn.on_first_batch = look_at_outputs
         self._watch.close()
         self._watch.enter_context(watched_layers(self.net))
+
+
+def _is_tuple(x: Nested) -> bool:
+    return isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence)
 
 
 def _is_due(epoch: int, freq: int | Collection[int]) -> bool:

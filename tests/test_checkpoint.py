@@ -57,8 +57,7 @@ def test_new_checkpoint_replaces_the_old_one(tmp_path: Path) -> None:
 
 
 class Unpicklable:
-    def __reduce__(self) -> Any:
-        raise ValueError("not to be saved")
+    pass
 
 
 def assert_old_file_is_intact_and_alone(folder: Path) -> None:
@@ -68,7 +67,7 @@ def assert_old_file_is_intact_and_alone(folder: Path) -> None:
 
 def test_content_that_can_not_be_saved_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "a.pt", {"epoch": 1})
-    with pytest.raises(ValueError, match="not to be saved"):
+    with pytest.raises(TypeError, match=r"can't hold \['bad'\], a .*Unpicklable: it takes tensors"):
         write_checkpoint(tmp_path / "a.pt", {"weights": torch.ones(1000), "bad": Unpicklable()})
     assert_old_file_is_intact_and_alone(tmp_path)
 
@@ -90,7 +89,7 @@ def test_full_disk_leaves_the_old_file_and_is_an_os_error_with_the_path(
     monkeypatch.setattr(torch, "save", save_half)
     with pytest.raises(OSError, match=r"checkpoint '.*a\.pt' could not be written: .*") as raised:
         write_checkpoint(tmp_path / "a.pt", {"epoch": 2})
-    assert str(error) in str(raised.value)
+    assert str(error.args[-1]) in str(raised.value)
     assert_old_file_is_intact_and_alone(tmp_path)
 
 

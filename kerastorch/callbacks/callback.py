@@ -8,6 +8,8 @@ The order of the hooks, in fit:
         for each batch:
             on_train_batch_begin(batch)
             on_train_batch_end(batch, logs)         logs: running averages, read from the device when looked at
+            (ModelCheckpoint and BackupAndRestore write, where an optimizer step is complete)
+        on_train_epoch_end(epoch)
         if validation is due:
             on_test_begin
             for each batch:
@@ -15,9 +17,13 @@ The order of the hooks, in fit:
                 on_test_batch_end(batch, logs)
             on_test_end(logs)                       logs: without "val_"
         on_epoch_end(epoch, logs)                   logs: with "val_"; what a hook adds goes into History
+        (ModelCheckpoint and BackupAndRestore write)
     on_train_end(logs)                              logs: the last epoch's; not called after an exception
     close                                           always, once
 
+A run that is resumed calls load_state_dict after on_train_begin and, where it goes on inside an epoch, once more after
+that epoch's on_epoch_begin. One that is interrupted ends the epoch at an optimizer step, writes, and goes on with
+on_train_end: without validation and on_epoch_end.
 evaluate fires the test hooks alone, predict on_predict_begin, on_predict_batch_begin(batch),
 on_predict_batch_end(batch, {"outputs": ...}), on_predict_end. Indices count from 0.
 """
@@ -27,6 +33,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from kerastorch.errors import check_choice, did_you_mean
@@ -35,6 +42,7 @@ from kerastorch.run import Run
 if TYPE_CHECKING:
     from kerastorch.model import Model
 
+Moment = Literal["epoch", "step", "interrupt"]
 Logs = Any  # a dict; in batch hooks a Mapping that is read from the device when looked at
 
 
@@ -68,6 +76,9 @@ class Callback:
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         """Called after an epoch and its validation. logs: loss, metrics, val_loss, val_ metrics; floats."""
+
+    def on_train_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
+        """Called after an epoch's training batches, before its validation. logs: empty."""
 
     def on_train_batch_begin(self, batch: int, logs: Logs | None = None) -> None:
         """Called before a training batch. logs: empty."""
@@ -110,6 +121,36 @@ class Callback:
     def close(self) -> None:
         """Called once when the call ends, after an exception too: give files and handles back."""
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to decide as this one would: tensors, numbers, strings, lists and dicts."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take up what state_dict() returned, after on_train_begin and, inside an epoch, again after on_epoch_begin."""
+
+
+class Checkpointer(Callback):
+    """The base of the callbacks that write checkpoints; save() comes when all hooks of the moment are through.
+
+    writes_resume_points: whether fit(resume=True) can go on from what it writes.
+    resumes_by_itself: whether any fit does.
+    saves_within_epochs: whether it wants to be asked after every optimizer step.
+    writes_first: whether it writes before the others, so that their files never know of one that is not there.
+    """
+
+    writes_resume_points = True
+    resumes_by_itself = False
+    saves_within_epochs = False
+    writes_first = False
+
+    def save(self, moment: Moment, logs: Logs) -> None:
+        """Write, if it is time. moment: an epoch's end, an optimizer step inside it, or an interrupt's last chance."""
+        raise NotImplementedError
+
+    def files(self) -> list[Path]:
+        """Return the files that a run can be resumed from, the newest first."""
+        raise NotImplementedError
+
 
 HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))
 
@@ -127,6 +168,10 @@ class CallbackList:
         for i, callback in enumerate(self.callbacks):
             _check_callback(callback, i)
         self._outer_runs: list[Run | None] = []
+        checkpointers = [callback for callback in self.callbacks if isinstance(callback, Checkpointer)]
+        self.checkpointers = sorted(checkpointers, key=lambda callback: not callback.writes_first)
+        self.writes_resume_points = any(callback.writes_resume_points for callback in checkpointers)
+        self.saves_within_epochs = any(callback.saves_within_epochs for callback in checkpointers)
         self.has_train_batch_begin = self._has("on_train_batch_begin") or self._has("on_batch_begin")
         self.has_train_batch_end = self._has("on_train_batch_end") or self._has("on_batch_end")
         self.has_test_batch_begin = self._has("on_test_batch_begin")
@@ -177,6 +222,15 @@ class CallbackList:
     def on_epoch_end(self, epoch: int, logs: Logs) -> None:
         for callback in self.callbacks:
             callback.on_epoch_end(epoch, logs)
+
+    def on_train_epoch_end(self, epoch: int, logs: Logs) -> None:
+        for callback in self.callbacks:
+            callback.on_train_epoch_end(epoch, logs)
+
+    def save(self, moment: Moment, logs: Logs) -> None:
+        """Let the checkpointing callbacks write, those that must come first before the others."""
+        for callback in self.checkpointers:
+            callback.save(moment, logs)
 
     def on_train_batch_begin(self, batch: int, logs: Logs) -> None:
         for callback in self.callbacks:

@@ -63,6 +63,26 @@ class CSVLogger(Callback):
         self._writer.writerow(row)
         self._file.flush()
 
+    def state_dict(self) -> dict[str, Any]:
+        columns = list(self._writer.fieldnames) if self._writer is not None else []
+        return {"columns": columns, "bytes": os.path.getsize(self.filename) if columns else 0}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        columns, size = state_dict["columns"], state_dict["bytes"]
+        assert self._file is not None
+        if not columns:
+            return
+        if os.path.getsize(self.filename) < size:
+            warnings.warn(
+                f"CSVLogger's {self.filename!r} is shorter than when the run was saved: the rows of the epochs before "
+                "are missing in it.",
+                stacklevel=2,
+            )
+            return
+        self._file.truncate(size)  # rows of epochs that are trained again
+        self._header = columns
+        self._writer = self._make_writer(self._file, columns)
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
@@ -76,13 +96,16 @@ class CSVLogger(Callback):
         if self._header:
             self._check_header(columns)
             columns = self._header
-        writer = csv.DictWriter(file, columns, "NA", "ignore", delimiter=self.separator, lineterminator="\n")
+        writer = self._make_writer(file, columns)
         if not self._header:
             file.truncate(0)
             writer.writeheader()
         elif not Path(self.filename).read_bytes().endswith(b"\n"):
             file.write("\n")
         return writer
+
+    def _make_writer(self, file: TextIO, columns: list[str]) -> csv.DictWriter[str]:
+        return csv.DictWriter(file, columns, "NA", "ignore", delimiter=self.separator, lineterminator="\n")
 
     def _check_header(self, columns: list[str]) -> None:
         if set(columns) != set(self._header):

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from kerastorch.callbacks.callback import Callback, Logs, Monitor
 from kerastorch.errors import check_int
+from kerastorch.resume import bare_module
 
 
 class EarlyStopping(Callback):
@@ -15,8 +16,8 @@ class EarlyStopping(Callback):
     monitor: a key of the epoch's logs.   min_delta: a gain must exceed it.   patience: epochs without a gain, from 0.
     verbose: 1 prints when it stops.   mode: "min", "max" or "auto" (from the metric).
     baseline: a value to beat; gains short of it do not reset the wait.
-    restore_best_weights: put the best epoch's weights back when fit ends, stopped early or not; the optimizer keeps its
-    last state.   start_from_epoch: epochs to let pass first.
+    restore_best_weights: put the best epoch's weights (its average under EMA or SWA) back when fit ends, stopped early
+    or not, but not interrupted; the optimizer keeps its last state.   start_from_epoch: epochs to let pass first.
     Its state begins anew with each fit. NaN is never a gain. Raises ValueError for a monitor that can't exist.
     Source: arguments and rules of keras.callbacks.EarlyStopping.
     """
@@ -60,7 +61,7 @@ class EarlyStopping(Callback):
         if self._watched.is_better(value, self._watched.best):
             self._watched.best, self.best_epoch = value, epoch
             if self.restore_best_weights:
-                self.best_weights = copy.deepcopy(self.run.net.state_dict())
+                self.best_weights = copy.deepcopy(self.run.published_state_dict())
             if self.baseline is None or self._watched.is_better(value, self.baseline):
                 self.wait = 0
         elif self.wait >= self.patience and epoch > 0:
@@ -68,12 +69,25 @@ class EarlyStopping(Callback):
             self.model.stop_training = True
 
     def on_train_end(self, logs: Logs | None = None) -> None:
+        if self.run.interrupt is not None:
+            return
         if self.stopped_epoch is not None and self.verbose:
             print(f"Epoch {self.stopped_epoch + 1}: early stopping, {self.monitor} did not improve.")
         if self.best_weights is not None:
-            self.run.net.load_state_dict(self.best_weights)
+            bare_module(self.run.net).load_state_dict(self.best_weights)
             if self.verbose and self.best_epoch is not None:
                 print(f"Weights of epoch {self.best_epoch + 1} restored ({self.monitor}: {self.best:.4f}).")
 
     def close(self) -> None:
         self.best_weights = None  # a copy of the net's size
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("best", "wait", "best_epoch", "best_weights", "stopped_epoch")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._watched.best = state_dict["best"]
+        self.wait, self.best_epoch = state_dict["wait"], state_dict["best_epoch"]
+        self.best_weights, self.stopped_epoch = state_dict["best_weights"], state_dict["stopped_epoch"]
+        if self.stopped_epoch is not None and self.wait < self.patience:  # raised since: the run goes on
+            self.stopped_epoch, self.run.stop_training = None, False

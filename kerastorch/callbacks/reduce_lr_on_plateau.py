@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from kerastorch.callbacks.callback import Callback, Logs, Monitor
 from kerastorch.errors import check_int
@@ -77,6 +77,13 @@ class ReduceLROnPlateau(Callback):
                 if self.verbose:
                     rates = ", ".join(f"{rate:g}" for rate in self._rates())
                     print(f"Epoch {epoch + 1}: {self.monitor} did not improve, learning rate reduced to {rates}.")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "wait": self.wait, "cooldown_counter": self.cooldown_counter}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._watched.best, self.wait = state_dict["best"], state_dict["wait"]
+        self.cooldown_counter = state_dict["cooldown_counter"]
 
     def _rates(self) -> list[float]:
         return [float(group["lr"]) for group in self.run.optimizer.param_groups]  # a sync where it is on a GPU

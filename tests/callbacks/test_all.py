@@ -1,7 +1,8 @@
 """What every callback that kerastorch exports keeps: the base's signatures, state anew each fit, one close a call."""
 
+import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,13 @@ from kerastorch.callbacks.callback import HOOKS
 CLASSES = [cls for cls in vars(callbacks).values() if isinstance(cls, type) and issubclass(cls, kt.Callback)]
 # A class that can't be made without arguments has a line here.
 ARGUMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "BackupAndRestore": lambda folder: {"backup_dir": folder / "backup"},
     "CSVLogger": lambda folder: {"filename": folder / "log.csv"},
+    "EarlyStopping": lambda folder: {"patience": 3},
     "LearningRateScheduler": lambda folder: {"schedule": lambda epoch, lr: lr / 2},
     "ModelCheckpoint": lambda folder: {"filepath": folder / "checkpoint.pt"},
+    "SWA": lambda folder: {"start_epoch": 1},
+    "TensorBoard": lambda folder: {"log_dir": folder / "logs"},
 }
 X, Y = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.zeros(4, 1)
 
@@ -39,7 +44,11 @@ def make_model() -> kt.Model:
     return model
 
 
-def fit(model: kt.Model, callback: kt.Callback, **arguments: Any) -> kt.History:
+def plain(state: object) -> str:
+    return repr(state)
+
+
+def fit(model: kt.Model, callback: kt.Callback, *, others: Sequence[kt.Callback] = (), **arguments: Any) -> kt.History:
     return model.fit(
         X,
         Y,
@@ -47,7 +56,7 @@ def fit(model: kt.Model, callback: kt.Callback, **arguments: Any) -> kt.History:
         epochs=3,
         shuffle=False,
         validation_data=(X, Y),
-        callbacks=[callback],
+        callbacks=[callback, *others],
         verbose=0,
         **arguments,
     )
@@ -141,6 +150,35 @@ def test_it_works_beside_evaluate_and_predict_without_a_fit(cls: type[kt.Callbac
     callback, model = make(cls, tmp_path), make_model()
     assert model.evaluate(X, Y, callbacks=[callback], verbose=0) == {"loss": 3.5}
     assert model.predict(X, callbacks=[callback], verbose=0).tolist() == X.tolist()
+
+
+@every_class
+def test_its_state_survives_a_checkpoint_and_a_resumed_run_takes_it_up(cls: type[kt.Callback], tmp_path: Path) -> None:
+    states: list[dict[str, Any]] = []
+
+    class Look(kt.Callback):
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            states.append(copy.deepcopy(observed.state_dict()))
+
+    class Killed(Exception):
+        pass
+
+    class Kill(kt.Callback):
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            if epoch == 2:
+                raise Killed
+
+    path = tmp_path / "elsewhere" / "run.pt"
+    observed = make(cls, tmp_path / "a")
+    whole = fit(make_model(), observed, others=[callbacks.ModelCheckpoint(path), Look()])
+    expected, states = states[2], []
+    observed = make(cls, tmp_path / "b")
+    with pytest.raises(Killed):
+        fit(make_model(), observed, others=[callbacks.ModelCheckpoint(path), Kill()])
+    observed = make(cls, tmp_path / "b")
+    resumed = fit(make_model(), observed, others=[Look()], resume=path)
+    assert resumed.history == whole.history
+    assert plain(states[0]) == plain(expected).replace(f"{tmp_path}/a", f"{tmp_path}/b")
 
 
 @every_class

@@ -55,11 +55,13 @@ def test_fit_with_validation_fires_the_hooks_in_the_order_drawn() -> None:
         X, Y, batch_size=2, epochs=2, validation_data=(X[:3], Y[:3]), callbacks=[recorder], verbose=0
     )
     logs = ["loss", "error"]
-    epoch = [
+    batches = [
         ("on_train_batch_begin", 0, []),
         ("on_train_batch_end", 0, logs),
         ("on_train_batch_begin", 1, []),
         ("on_train_batch_end", 1, logs),
+    ]
+    validation = [
         ("on_test_begin", []),
         ("on_test_batch_begin", 0, []),
         ("on_test_batch_end", 0, logs),
@@ -71,10 +73,14 @@ def test_fit_with_validation_fires_the_hooks_in_the_order_drawn() -> None:
     assert recorder.calls == [
         ("on_train_begin", []),
         ("on_epoch_begin", 0, []),
-        *epoch,
+        *batches,
+        ("on_train_epoch_end", 0, []),
+        *validation,
         ("on_epoch_end", 0, all_logs),
         ("on_epoch_begin", 1, []),
-        *epoch,
+        *batches,
+        ("on_train_epoch_end", 1, []),
+        *validation,
         ("on_epoch_end", 1, all_logs),
         ("on_train_end", all_logs),
         ("close",),
@@ -102,6 +108,7 @@ def test_fit_without_validation_fires_no_test_hooks() -> None:
         "on_epoch_begin",
         "on_train_batch_begin",
         "on_train_batch_end",
+        "on_train_epoch_end",
         "on_epoch_end",
         "on_train_end",
         "close",
