@@ -288,6 +288,7 @@ class Model:
         finally:
             self.history.extend(run.history)
         if run.interrupt is not None:
+            progress.say(f"Interrupted in epoch {run.epoch + 1}, after batch {run.batch + 1}.")
             end_interrupted(run.interrupt, on_interrupt)
         return run.history
 

@@ -244,8 +244,9 @@ class Run:
                 self.train_sums.reset()
             self.progress.begin(f"Epoch {epoch + 1}/{self.epochs}", self.num_batches)
             self.callbacks.on_epoch_begin(epoch, {})
-            if self.batches_done:  # in the run that goes on, the hook came before the batches
-                restore(self, cast(Mapping[str, Any], self.resume_from))
+            if self.resume_from is not None and self.batches_done:  # in the run that goes on, the hook came before
+                restore(self, self.resume_from)
+            self.resume_from = None  # it is of the net's size
             yield epoch
             if self._is_cut:
                 break
@@ -369,7 +370,7 @@ class Run:
             check_callbacks(self.callbacks.callbacks)
             for source in (self.train_data, self.val_data):
                 if source is not None:
-                    source.keep_position()
+                    source.keep_position(inside=source is self.train_data)
 
     def get_content(self, loss: float) -> dict[str, Any]:
         """Return what a checkpoint holds now; tensors are the live ones. loss: the epoch's so far."""

@@ -14,7 +14,7 @@ ROWS = [  # lowest first; a folder's base file lies below its sisters, its __ini
     {"losses", "optimizers", "metrics", "initializers", "progress", "plots", "report"},
     {"checkpoint", "distributed", "stopping", "history", "first_batch", "data.arrays"},
     {"data.weights", "data.predictions", "data.resumable"},
-    {"data.dataset"},
+    {"data.dataset", "data.passes"},
     {"data.source"},
     {"data"},
     {"resume"},

@@ -65,13 +65,13 @@ class CSVLogger(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         columns = list(self._writer.fieldnames) if self._writer is not None else []
-        return {"columns": columns, "bytes": os.path.getsize(self.filename) if columns else 0}
+        return {"columns": columns, "bytes": self._file.tell() if self._file is not None else 0}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         columns, size = state_dict["columns"], state_dict["bytes"]
         assert self._file is not None
-        if not columns:
-            return
+        if not columns and not self.append:
+            return  # the first row replaces the file
         if os.path.getsize(self.filename) < size:
             warnings.warn(
                 f"CSVLogger's {self.filename!r} is shorter than when the run was saved: the rows of the epochs before "
@@ -81,7 +81,8 @@ class CSVLogger(Callback):
             return
         self._file.truncate(size)  # rows of epochs that are trained again
         self._header = columns
-        self._writer = self._make_writer(self._file, columns)
+        if columns:
+            self._writer = self._make_writer(self._file, columns)
 
     def close(self) -> None:
         if self._file is not None:

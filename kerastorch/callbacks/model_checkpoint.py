@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import re
@@ -124,12 +125,11 @@ class ModelCheckpoint(Checkpointer):
             print(f"Epoch {run.epoch + 1}: saved {path}")
 
     def files(self) -> list[Path]:
-        path = Path(self.filepath)
-        pattern, root = self._pattern(), path
-        while "{" in str(root):
-            root = root.parent
-        found = [path] if root == path else [file for file in root.rglob("*") if pattern.fullmatch(str(file))]
-        return newest_first(file for file in found if file.is_file())
+        pattern, parts = self._pattern(), Path(self.filepath).parts
+        fixed = next((i for i, part in enumerate(parts) if "{" in part), len(parts) - 1)
+        rest = "/".join("*" if "{" in part else glob.escape(part) for part in parts[fixed:])
+        found = Path(*parts[:fixed]).glob(rest)
+        return newest_first(file for file in found if file.is_file() and pattern.fullmatch(str(file)))
 
     def on_train_end(self, logs: Logs | None = None) -> None:
         if self._writer is not None:
@@ -202,7 +202,7 @@ class ModelCheckpoint(Checkpointer):
     def _pattern(self) -> re.Pattern[str]:
         """Return what the names of the files look like."""
         parts = []
-        for text, name, _, _ in string.Formatter().parse(self.filepath):
+        for text, name, _, _ in string.Formatter().parse(str(Path(self.filepath))):
             parts.append(re.escape(text))
             if name is not None:
                 parts.append("[ 0-9]+" if name in ("epoch", "batch") else "[^/]+")

@@ -153,7 +153,7 @@ class TensorBoard(Callback):
     def _writer(self, folder: str) -> SummaryWriter:
         """Return the folder's writer, made when first asked for: load_state_dict comes before that."""
         if folder not in self._writers:
-            purge_step = None
+            purge_step = 2**62  # hides nothing, but must be there: a reader takes a folder's first for no restart
             if folder in self._to_purge:
                 self._to_purge.remove(folder)
                 assert self._first_epoch is not None

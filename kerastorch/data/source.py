@@ -1,6 +1,6 @@
 """One stream of batches (x, y, sample_weight), read pass after pass from a loader, a dataset or an iterable.
 
-Sisters: arrays.py, which makes datasets of arrays, and resumable.py, which makes loaders that begin inside a pass.
+Sisters: arrays.py, which makes datasets of arrays, and passes.py, which begins each pass and knows its position.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ import math
 import multiprocessing
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, cast
 
 import torch
@@ -19,18 +18,10 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, default_collate
 
 from kerastorch.data.arrays import default_sampler, is_map_style, is_numpy, num_rows, rebuild_loader, to_tensors
-from kerastorch.data.resumable import (
-    Position,
-    RestoringInit,
-    ResumableSampler,
-    WorkerBatch,
-    can_be_resumed,
-    decode,
-    resumable_loader,
-    skip_by_reading,
-)
+from kerastorch.data.passes import Passes
+from kerastorch.data.resumable import can_be_resumed
 from kerastorch.data.weights import WeightedBatch, WeightedCollate, is_weighted
-from kerastorch.device import Nested, describe, get_random_state, map_nested, set_random_state
+from kerastorch.device import Nested, describe, map_nested
 
 Batch = tuple[Nested, Nested, Tensor | None]
 
@@ -50,13 +41,8 @@ class BatchSource:
         self.num_batches = _length(batches)
         self.is_one_shot = isinstance(batches, Iterator)
         self._converts = converts and not isinstance(batches, DataLoader)
-        self._reader = batches  # what is iterated: these batches, or a copy of their loader that keeps its position
+        self._passes = Passes(batches, name)
         self._iterator: Iterator[Any] | None = None  # goes on between epochs of a set number of steps
-        self._num_read = 0  # batches given in the running pass
-        self._pass_start: Mapping[str, Any] = {}  # random states when it began
-        self._passes = 0  # begun
-        self._workers: dict[int, bytes] = {}  # random states after the last batch of each
-        self._resume_from: Mapping[str, Any] | None = None
         if self.num_batches == 0:
             raise ValueError(
                 f"{name} is empty: {type(batches).__name__} gives 0 batches"
@@ -72,8 +58,7 @@ class BatchSource:
     @property
     def generators(self) -> list[torch.Generator]:
         """The random generators that the loader and its sampler have of their own."""
-        holders = (self.batches, *_samplers(self.batches))
-        return [generator for holder in holders if (generator := getattr(holder, "generator", None)) is not None]
+        return self._passes.generators
 
     @property
     def batch_size(self) -> int | None:
@@ -87,7 +72,8 @@ class BatchSource:
 
     def release(self) -> None:
         """Let go of the running pass, and with it of a loader's workers."""
-        self._iterator, self._reader = None, self.batches
+        self._iterator = None
+        self._passes.release()
 
     def another(self) -> BatchSource:
         """Return a source of the same batches whose passes leave this one's alone."""
@@ -101,29 +87,13 @@ class BatchSource:
 
     # ---- position ----
 
-    def keep_position(self) -> None:
-        """Read from now on in such a way that state_dict() tells all that an exact resume needs."""
-        if can_be_resumed(self.batches) and cast("DataLoader[Any]", self.batches).num_workers:
-            self._reader = resumable_loader(cast("DataLoader[Any]", self.batches))
+    def keep_position(self, *, inside: bool = True) -> None:
+        """Read from now on in such a way that state_dict() tells all that an exact resume needs; see Passes."""
+        self._passes.keep_position(inside=inside)
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the running pass is, how it began, and the random states of workers and generators."""
-        loader = self.batches if isinstance(self.batches, DataLoader) else None
-        state: dict[str, Any] = {
-            "batches": self._num_read,
-            "num_batches": self.num_batches,
-            "num_workers": 0 if loader is None else loader.num_workers,
-            "generators": [generator.get_state() for generator in self.generators],
-        }
-        persists = loader is not None and loader.persistent_workers
-        if self._num_read or persists:
-            state["workers"] = {worker: decode(random_state) for worker, random_state in self._workers.items()}
-        if self._num_read:
-            state["pass_start"] = self._pass_start
-            state["keeps_workers"] = persists and self._passes > 1
-            if self._stateful is not None:
-                state["loader"] = self._stateful.state_dict()
-        return state
+        return {"num_batches": self.num_batches, **self._passes.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next pass begin where state_dict() stood; random states now are those to go on with.
@@ -136,90 +106,8 @@ class BatchSource:
                 f"{self.name} now has {self.num_batches}: give the data and batch_size of that run, or resume from a "
                 "checkpoint of an epoch's end."
             )
-        for generator, generator_state in zip(self.generators, state["generators"], strict=False):
-            generator.set_state(generator_state)
         self._iterator = None
-        self._resume_from = state if state["batches"] or state.get("workers") else None
-
-    @property
-    def _stateful(self) -> Any:
-        """What keeps its own position: a loader with state_dict, or such a dataset that this process reads."""
-        candidates: list[object] = [self.batches]
-        if isinstance(self.batches, DataLoader) and self.batches.num_workers == 0:
-            candidates.append(self.batches.dataset if isinstance(self.batches.dataset, IterableDataset) else None)
-        for candidate in candidates:
-            if hasattr(candidate, "state_dict") and hasattr(candidate, "load_state_dict"):
-                return candidate
-        return None
-
-    def _begin_pass(self) -> Iterator[Any]:
-        state, self._resume_from = self._resume_from, None
-        if state is None:
-            self._num_read, self._pass_start = 0, get_random_state(*self.generators)
-            iterator = iter(self._reader)
-        else:
-            iterator = self._take_up(state)
-        self._passes += 1
-        return iterator if self._reader is self.batches else self._from_workers(iterator)
-
-    def _from_workers(self, iterator: Iterator[Any]) -> Iterator[Any]:
-        for batch in iterator:
-            if not isinstance(batch, WorkerBatch):
-                yield batch
-            elif batch.random_state is not None:
-                self._workers[batch.worker] = batch.random_state
-                yield batch.batch
-
-    def _take_up(self, state: Mapping[str, Any]) -> Iterator[Any]:
-        """Begin the pass as it was begun, pass over the batches seen, and go on with the random states of now."""
-        skip, generators = state["batches"], self.generators
-        now = get_random_state(*generators)
-        self._num_read, self._pass_start = skip, state.get("pass_start", now)
-        set_random_state(self._pass_start, *generators)
-        if can_be_resumed(self.batches) and self._stateful is None:
-            return self._take_up_loader(state, now)
-        self._passes = 1
-        if self._stateful is not None and "loader" in state:
-            self._stateful.load_state_dict(state["loader"])
-            iterator = iter(self.batches)
-        elif isinstance(self.batches, Sequence):
-            iterator = islice(iter(self.batches), skip, None)
-        else:
-            kind = type(self.batches).__name__
-            warnings.warn(
-                f"{self.name} is a {kind} without state_dict: the {skip} batches that were seen are read again and "
-                "thrown away, and the rest of the epoch is the same only if they come in the same order.",
-                stacklevel=2,
-            )
-            iterator = skip_by_reading(self.batches, skip, kind)
-        set_random_state(now, *generators)
-        return iterator
-
-    def _take_up_loader(self, state: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[Any]:
-        loader = cast("DataLoader[Any]", self.batches)
-        skip, workers = state["batches"], state.get("workers", {})
-        if loader.num_workers != state["num_workers"] or (loader.num_workers and not loader.in_order):
-            warnings.warn(
-                f"the checkpoint's epoch was read with num_workers={state['num_workers']}, this one is with "
-                f"{loader.num_workers}{'' if loader.in_order else ' and in_order=False'}: transforms that draw random "
-                "numbers draw others.",
-                stacklevel=2,
-            )
-            workers = {}
-        self._reader = reader = resumable_loader(loader)
-        sampler = cast(ResumableSampler, reader.batch_sampler)
-        # Workers that persist were not started anew by the pass that goes on, which draws a seed.
-        start = self._pass_start if skip == 0 or state["keeps_workers"] else None
-        blanks = skip % loader.num_workers if loader.num_workers else 0
-        sampler.position = Position(skip, start, now, self.generators, blanks)
-        if loader.num_workers == 0:
-            return iter(reader)
-        init = cast(RestoringInit, reader.worker_init_fn)
-        init.random_states = workers
-        iterator = iter(reader)
-        init.random_states = {}
-        self._passes = max(self._passes, int(state.get("keeps_workers", skip == 0)))
-        return iterator
+        self._passes.load_state_dict(state)
 
     # ---- passes ----
 
@@ -243,7 +131,7 @@ class BatchSource:
         Raises ValueError for no batch at all; warns where there are fewer than `limit`.
         """
         count, total = done, self.num_batches
-        iterator = self._begin_pass()
+        iterator = self._passes.begin()
         if total is None and look_ahead:
             batches: Iterable[tuple[Any, bool]] = _with_last(iterator, clones=self._converts)
         else:
@@ -253,12 +141,12 @@ class BatchSource:
                 count += 1
                 if look_ahead and total is not None and count > total:
                     raise self._wrong_length(total, f"more than {total}")
-                self._num_read = count
+                self._passes.position = count
                 yield self._unpack(batch), is_last or count == total
                 if count == limit:
                     return
         finally:
-            self._num_read = 0
+            self._passes.position = 0
         if count == 0:
             used_up = "; an iterator can be read only once" if self.is_one_shot else ""
             raise ValueError(f"{self.name} gave no batches{used_up}.")
@@ -278,12 +166,12 @@ class BatchSource:
             yield self._unpack(self._next(step, steps)), step + 1 == steps
 
     def _next(self, step: int, steps: int) -> Any:
-        if self._iterator is None and self._resume_from is not None:
-            self._iterator = self._begin_pass()
+        if self._iterator is None and self._passes.is_resumed:
+            self._iterator = self._passes.begin()
         if self._iterator is not None:
             try:
                 batch = next(self._iterator)
-                self._num_read += 1
+                self._passes.position += 1
                 return batch
             except StopIteration:
                 if self.is_one_shot:
@@ -291,12 +179,12 @@ class BatchSource:
                         f"{self.name} ran dry after {step} of {steps} steps, and an iterator can't start again: give "
                         "fewer steps, more data, or an object that can be iterated anew."
                     ) from None
-        self._iterator = self._begin_pass()
+        self._iterator = self._passes.begin()
         try:
             batch = next(self._iterator)
         except StopIteration:
             raise ValueError(f"{self.name} gave no batches.") from None
-        self._num_read += 1
+        self._passes.position += 1
         return batch
 
     def _unpack(self, batch: Any) -> Batch:
@@ -387,11 +275,6 @@ def warn_if_shuffled(data: object) -> None:
             "shuffle=False has no effect on a DataLoader, and this one shuffles: make it with shuffle=False.",
             stacklevel=3,
         )
-
-
-def _samplers(batches: Iterable[Any]) -> tuple[object, object]:
-    batch_sampler = getattr(batches, "batch_sampler", None)
-    return getattr(batches, "sampler", None), getattr(batch_sampler, "sampler", None)
 
 
 def _length(batches: Iterable[Any]) -> int | None:
