@@ -6,15 +6,18 @@ The only file that calls torch.save and torch.load. Sisters: history.py, data/.
 from __future__ import annotations
 
 import errno
-import glob
 import io
 import os
+import pickle
 import re
 import shutil
+import stat
 import threading
+import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -40,21 +43,21 @@ def write_checkpoint(
     """
     check_plain(content)
     path = Path(path)
-    prefix = f".{path.name}."
-    temporary = path.with_name(f"{prefix}{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb", buffering=0) as file:
+        temporary.unlink(missing_ok=True)  # a link may have been planted there
+        with open(temporary, "xb", buffering=0) as file:
             torch.save(content, cast(IO[bytes], _WholeWriter(file)))
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where the folder has gone too
+            temporary.unlink(missing_ok=True)
         if isinstance(error, (OSError, RuntimeError)):  # torch's zip writer makes a RuntimeError of a full disk
             raise _not_written(error, path, content, last_good) from error
         raise
-    for left in path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
-        left.unlink(missing_ok=True)
+    remove_leftovers(path.parent, path.name.__eq__)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -67,30 +70,25 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, but this is a folder", str(path))
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+        raise CheckpointError(f"{str(path)!r} is no ordinary file.")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
-        try:
-            with zipfile.ZipFile(file) as archive:
-                entries = archive.infolist()
-                stored = all(entry.compress_type == zipfile.ZIP_STORED for entry in entries)
-                if not stored or sum(entry.file_size for entry in entries) > size:
-                    raise CheckpointError(
-                        f"{str(path)!r} unpacks to more than its {size} bytes: torch.save wrote no such file."
-                    )
-                damaged = archive.testzip()  # torch.load passes a flipped byte
-        except (zipfile.BadZipFile, EOFError, ValueError, NotImplementedError, OverflowError) as error:
-            raise CheckpointError(f"{str(path)!r} ({size} bytes) is damaged, or no checkpoint: {error}") from None
-        if damaged is not None:
-            raise CheckpointError(
-                f"{str(path)!r} is damaged: its part {damaged!r} does not have the checksum it was written with."
-            )
+        damage = _find_damage(file, size)
+        if damage is not None:
+            raise CheckpointError(f"{str(path)!r} ({size} bytes) is damaged, or no checkpoint: {damage}.")
         file.seek(0)
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch's, about sparse tensors
+                content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a forged file makes torch raise
-            raise CheckpointError(f"{str(path)!r} can't be loaded: {_reason(error)}") from error
+            raise CheckpointError(f"{str(path)!r} can't be loaded: {_reason(error)}.") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, not a checkpoint's dict.")
+    excess = _find_excess(content)
+    if excess is not None:
+        raise CheckpointError(f"{str(path)!r} is no checkpoint that a run wrote: {excess}.")
     return content
 
 
@@ -122,7 +120,7 @@ class CheckpointWriter:
             self._write(path, content, after)
             return
         check_plain(content)
-        self._thread = threading.Thread(target=self._try_to_write, args=(path, _copy_to_cpu(content, {}), after))
+        self._thread = threading.Thread(target=self._try_to_write, args=(path, copy_to_cpu(content), after))
         self._thread.start()
 
     def wait(self) -> None:
@@ -139,11 +137,15 @@ class CheckpointWriter:
         try:
             self.wait()
         finally:
-            Path(self._lock.lock_file).unlink(missing_ok=True)
+            with suppress(OSError):  # where the folder has gone
+                Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
 
     def _write(self, path: Path, content: Mapping[str, Any], after: Callable[[], None]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _not_written(error, path, content, self.last_path) from error
         write_checkpoint(path, content, last_good=self.last_path)
         self.last_path = path
         after()
@@ -155,6 +157,14 @@ class CheckpointWriter:
             self._error = error
 
 
+def remove_leftovers(folder: Path, is_ours: Callable[[str], object]) -> None:
+    """Delete what killed writers of files in folder, of names that are ours, left half written."""
+    for path in folder.glob(".*.tmp"):
+        match = re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name)
+        if match is not None and is_ours(match[1]):
+            path.unlink(missing_ok=True)
+
+
 def newest_first(paths: Iterable[Path]) -> list[Path]:
     """Return paths by the time they were written; within one tick of the clock by the numbers in their names."""
 
@@ -164,9 +174,53 @@ def newest_first(paths: Iterable[Path]) -> list[Path]:
     return sorted(paths, key=age, reverse=True)
 
 
+def _find_damage(file: IO[bytes], size: int) -> str | None:
+    """Return what is wrong with a zip archive as torch writes it: torch.load itself passes a flipped byte."""
+    if file.read(4) != b"PK\x03\x04":
+        return "it does not begin as a zip archive"  # torch.load would take it for the older format
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                return "its parts are compressed, which torch.save does not do"
+            if sum(entry.file_size for entry in entries) > size:
+                return "it would unpack to more bytes than it has"
+            if any(entry.is_dir() or entry.external_attr & _IS_FOLDER for entry in entries):
+                return "a part of it is a folder"
+            bad = archive.testzip()
+            return None if bad is None else f"its part {bad!r} has another checksum than when it was written"
+    except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, OverflowError, OSError) as error:
+        return str(error) or type(error).__name__
+
+
+def _find_excess(content: Any) -> str | None:
+    """Return what in a loaded file would take time or memory out of proportion to its size."""
+    waiting, count = [(content, 0)], 0
+    while waiting:
+        value, depth = waiting.pop()
+        count += 1
+        if depth > MAX_DEPTH or count > MAX_ITEMS:
+            return f"it nests deeper than {MAX_DEPTH} or has more than {MAX_ITEMS} values"
+        if isinstance(value, Tensor):
+            if value.device.type != "cpu":
+                return f"it has a tensor on {value.device}"
+            nbytes = value.numel() * value.element_size()
+            if value.layout is torch.strided and nbytes > max(value.untyped_storage().nbytes(), MAX_EXPANDED_BYTES):
+                return f"it has a tensor of shape {tuple(value.shape)} with less data than that"
+        elif isinstance(value, Mapping):
+            waiting += [(item, depth + 1) for pair in value.items() for item in pair]
+        elif isinstance(value, (list, tuple, set)):
+            waiting += [(item, depth + 1) for item in value]
+    return None
+
+
+MAX_DEPTH, MAX_ITEMS, MAX_EXPANDED_BYTES = 100, 10**7, 10**6
+_IS_FOLDER = 0x10  # in a zip entry's attributes, as DOS had them
+
+
 def check_plain(value: object, key: str = "") -> None:
     """Raise TypeError, naming the key, unless value is made of what torch.load(weights_only=True) reads."""
-    if type(value) in (dict, OrderedDict):
+    if type(value) in (dict, OrderedDict, Counter):
         for name, item in value.items():  # type: ignore[attr-defined]
             check_plain(name, f"the key {name!r} of {key or 'the checkpoint'}")
             check_plain(item, f"{key}[{name!r}]")
@@ -200,8 +254,9 @@ def num_bytes(value: Any) -> int:
     return sum(storages.values())
 
 
-def _copy_to_cpu(value: Any, copies: dict[tuple[object, ...], Tensor]) -> Any:
+def copy_to_cpu(value: Any, copies: dict[tuple[object, ...], Tensor] | None = None) -> Any:
     """Return content with its tensors copied to the CPU; one that stands in it twice is copied once."""
+    copies = {} if copies is None else copies
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
             return value.detach().to("cpu", copy=True)
@@ -210,9 +265,12 @@ def _copy_to_cpu(value: Any, copies: dict[tuple[object, ...], Tensor]) -> Any:
             copies[key] = value.detach().to("cpu", copy=True)
         return copies[key]
     if isinstance(value, dict):
-        return {name: _copy_to_cpu(item, copies) for name, item in value.items()}
+        copied = type(value)((name, copy_to_cpu(item, copies)) for name, item in value.items())
+        if hasattr(value, "_metadata"):  # the versions of modules, beside a state_dict's items
+            copied._metadata = value._metadata  # type: ignore[attr-defined]
+        return copied
     if type(value) in (list, tuple):
-        return type(value)(_copy_to_cpu(item, copies) for item in value)
+        return type(value)(copy_to_cpu(item, copies) for item in value)
     return value
 
 
@@ -237,21 +295,26 @@ def _not_written(
         first = first.__context__
     number = first.errno if isinstance(first, OSError) and first.errno is not None else errno.EIO
     reason = os.strerror(number) if first is not None else str(error)
-    needed = f"it takes about {num_bytes(content) / 1e6:.1f} MB"
+    needed = f"it takes about {_format_bytes(num_bytes(content))}"
     if path.parent.is_dir():
-        needed += f", {shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free on its disk"
+        needed += f", {_format_bytes(shutil.disk_usage(path.parent).free)} are free on its disk"
     good = path if path.exists() else last_good
     still = f"; {str(good)!r} of before is still whole" if good is not None else ""
     return OSError(number, f"checkpoint {str(path)!r} could not be written: {reason}; {needed}{still}")
 
 
+def _format_bytes(count: int) -> str:
+    return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
 def _reason(error: Exception) -> str:
-    """Return torch's reason without its advice to load the file in the way that runs code."""
-    text = str(error) or type(error).__name__
-    for line in text.splitlines():
-        if "GLOBAL" in line or "Unsupported" in line:
-            return f"{line.strip().rstrip('.')}, which could run code. Only tensors and plain containers are loaded."
-    return text.splitlines()[0]
+    """Say what a file needed that is not loaded; torch's own text advises to load it in the way that runs code."""
+    text = str(error)
+    if isinstance(error, pickle.UnpicklingError) or "weights_only" in text:
+        name = re.search(r"GLOBAL (\S+)", text)
+        what = f"it asks for {name[1].rstrip('.,')!r}" if name else "it asks for more than data"
+        return f"{what}, which could run code. Only tensors and plain containers are loaded"
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 def _sync_folder(folder: Path) -> None:

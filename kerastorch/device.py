@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
 from kerastorch.errors import check_int
@@ -96,6 +97,22 @@ def _move_leaf(leaf: Any, device: torch.device) -> Any:
         return leaf
     target: Any = leaf  # PackedSequence.to takes a device, whatever its annotation says
     return target.to(device, non_blocking=device.type == "cuda" and leaf.is_pinned())
+
+
+def bare_module(net: nn.Module) -> nn.Module:
+    """Return the module inside torch.compile's or a parallel wrapper, whose keys have no prefix."""
+    while isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(net, "_orig_mod"):
+        inner = net._orig_mod if hasattr(net, "_orig_mod") else net.module
+        assert isinstance(inner, nn.Module)
+        net = inner
+    return net
+
+
+def are_finite(state_dict: Mapping[str, Any]) -> bool:
+    """Whether no tensor in a state_dict holds NaN or infinity (one sync)."""
+    tensors = [value for value in state_dict.values() if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    flags = [tensor.isfinite().all() for tensor in tensors]
+    return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())
 
 
 def num_samples(x: Nested) -> int:
@@ -201,6 +218,8 @@ def set_cpu_random_state(state: Mapping[str, Any]) -> None:
     import numpy as np
 
     key, *position = state["numpy"]
+    if len(key) != 624 or not 0 <= position[0] <= 624:  # numpy reads beyond its memory
+        raise ValueError("numpy's random state must be 624 numbers and a position among them.")
     random.setstate(state["python"])
     np.random.set_state(("MT19937", key.numpy().astype(np.uint32), *position))
     torch.set_rng_state(state["torch"])

@@ -7,6 +7,7 @@ be a guess it says what to pass. torchmetrics is imported when a metric is asked
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -74,6 +75,7 @@ _HIGHER_IS_BETTER: dict[str, bool | None] = {
     "perplexity": False,
     "confusion_matrix": None,
 }
+MAX_ELEMENTS = 10**8  # of one sample, in a checkpoint that may be forged
 COUNTED_HERE = {name for name, (cls, *_) in {**CLASSIFICATION, **REGRESSION}.items() if not cls} | {"perplexity"}
 WEIGHTED = (
     "acc",
@@ -126,7 +128,7 @@ class NamedMetric:
         """Settle the task, the class count and the sums from a batch; ValueError where they can't be told."""
         if not isinstance(outputs, Tensor) or not isinstance(y, Tensor):
             raise self._ambiguous(outputs, y, "by name it takes one tensor of outputs and one of targets")
-        self.inferred_from = [list(outputs.shape), outputs.dtype, list(y.shape), y.dtype]
+        self.inferred_from = [[1, *outputs.shape[1:]], outputs.dtype, [1, *y.shape[1:]], y.dtype]
         if self.name in REGRESSION:
             self._infer_regression(outputs, y)
         elif self.name == "perplexity":
@@ -481,6 +483,7 @@ class PassSums:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self._loss_sum = torch.zeros((), dtype=dtype, device=device)
         self._part_sums: dict[str, Tensor] = {}
+        self._logged: dict[str, list[Any]] = {}  # name -> [sum, samples]
         self._num_samples = 0
 
     @property
@@ -492,6 +495,7 @@ class PassSums:
         """Start a new pass."""
         self._loss_sum.zero_()
         self._part_sums = {}
+        self._logged = {}
         self._num_samples = 0
         for metric in self.all_metrics.values():
             metric.reset()
@@ -527,12 +531,28 @@ class PassSums:
         for metric in self.weighted_metrics.values():
             metric.update(outputs, y, sample_weight)
 
+    def log(self, name: str, value: Tensor | float, num_samples: int) -> None:
+        """Add a scalar of a batch to the mean, over samples, of those logged under this name. No sync."""
+        try:
+            tensor = torch.as_tensor(value).detach()
+        except (TypeError, ValueError, RuntimeError):
+            tensor = torch.zeros(0)
+        if tensor.numel() != 1 or tensor.is_complex():
+            what = f"shape {tuple(tensor.shape)}" if hasattr(value, "shape") or isinstance(value, list) else repr(value)
+            raise ValueError(f"log({name}=...) takes one number, got {what}: log its mean.")
+        if name == "loss" or name in self.all_metrics or name in self._part_sums:
+            raise ValueError(f"log({name}=...): the logs have a {name!r} already; log it under another name.")
+        logged = self._logged.setdefault(name, [torch.zeros_like(self._loss_sum), 0])
+        logged[0].add_(tensor.reshape(()), alpha=num_samples)  # a number's own tensor is on the CPU: no copy, no sync
+        logged[1] += num_samples
+
     def state_dict(self) -> dict[str, Any]:
         """Return the sums so far, the states of the metrics by name; tensors are the live ones."""
         return {
             "loss": self._loss_sum,
             "num_samples": self._num_samples,
             "parts": dict(self._part_sums),
+            "logged": {name: list(pair) for name, pair in self._logged.items()},
             "metrics": {name: _get_state(metric) for name, metric in self.all_metrics.items()},
         }
 
@@ -542,6 +562,7 @@ class PassSums:
         self._num_samples = state["num_samples"]
         device = self._loss_sum.device
         self._part_sums = {name: part.to(device) for name, part in state["parts"].items()}
+        self._logged = {name: [total.to(device), samples] for name, (total, samples) in state.get("logged", {}).items()}
         for name, metric in self.all_metrics.items():
             if state["metrics"].get(name) is not None:
                 _set_state(metric, state["metrics"][name], device)
@@ -565,7 +586,8 @@ class PassSums:
             value = metric.compute()
             for key, part in value.items() if isinstance(value, Mapping) else [(name, value)]:
                 logs[key] = _to_number(part)
-        return logs | {name: part.item() / self._num_samples for name, part in self._part_sums.items()}
+        logs |= {name: part.item() / self._num_samples for name, part in self._part_sums.items()}
+        return logs | {name: total.item() / samples for name, (total, samples) in self._logged.items()}
 
 
 def _get_state(metric: AnyMetric) -> Any:
@@ -577,7 +599,7 @@ def _get_state(metric: AnyMetric) -> Any:
         return {"inferred_from": metric.inferred_from, "metric": _get_state(metric.metric)}
     if isinstance(metric, MeanMetric):
         return {"sum": metric.sum, "count": metric.count}
-    parts = {path: part for path, part in metric.named_modules() if hasattr(part, "metric_state")}
+    parts = {path: part for path, part in metric.named_modules() if hasattr(part, "update_count")}
     return {path: {"updates": part.update_count, **part.metric_state} for path, part in parts.items()}
 
 
@@ -586,20 +608,23 @@ def _set_state(metric: AnyMetric, state: Mapping[str, Any], device: torch.device
         _set_state(metric.metric, state, device)
     elif isinstance(metric, NamedMetric):
         shape, dtype, y_shape, y_dtype = state["inferred_from"]
+        if max(math.prod(shape), math.prod(y_shape)) > MAX_ELEMENTS:
+            raise ValueError(f"a sample can't have outputs of shape {shape} or targets of shape {y_shape}.")
         outputs, y = (
             torch.zeros((), dtype=d, device=device).expand(s) for s, d in ((shape, dtype), (y_shape, y_dtype))
         )
         metric.infer(outputs, y)
         _set_state(metric.metric, state["metric"], device)
     elif isinstance(metric, MeanMetric):
-        metric.sum, metric.count = (move_to_device(state[name], device) for name in ("sum", "count"))
+        metric.sum, metric.count = (torch.as_tensor(state[name]).to(device) for name in ("sum", "count"))
     else:
         for path, part in metric.named_modules():
             if path in state:
-                values = dict(state[path])
-                part._update_count = values.pop("updates")  # without which compute() warns; nothing public sets it
-                for name, value in values.items():
-                    setattr(part, name, move_to_device(value, device))
+                part._update_count = int(
+                    state[path]["updates"]
+                )  # without which compute() warns; nothing public sets it
+                for name in part.metric_state:
+                    setattr(part, name, move_to_device(state[path][name], device))
 
 
 def _is_collection(metric: AnyMetric) -> bool:

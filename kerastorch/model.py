@@ -36,14 +36,15 @@ from kerastorch.device import (
 )
 from kerastorch.errors import check_choice, check_int, did_you_mean
 from kerastorch.history import History
-from kerastorch.loops import Loop, is_own_loop, make_loop
+from kerastorch.loops import Loop, has_own_train_step, is_own_loop, make_loop
 from kerastorch.losses import LOSSES, LossFunction, LossSpec, OutputLosses, ignored_class, loss_scale, make_loss
 from kerastorch.metrics import AnyMetric, LogValue, make_metrics, make_output_metrics
 from kerastorch.optimizers import (
     OPTIMIZERS,
-    OptimizerFactory,
-    SchedulerFactory,
+    OptimizerSpec,
+    SchedulerSpec,
     make_optimizer,
+    make_optimizers,
     make_scheduler,
     spanning_scheduler,
 )
@@ -77,16 +78,18 @@ class Model:
         self._compiled: Compiled | None = None
         self._loop = make_loop("script")
         self._run: Run | None = None
+        self.last_callbacks: list[Callback] = []  # of the last fit, for eject
+        self.last_class_weight: Mapping[int, float] | None = None
 
     def compile(
         self,
         loss: LossSpec | Sequence[LossSpec] | Mapping[str, LossSpec],
-        optimizer: str | type[Optimizer] | OptimizerFactory | Optimizer,
+        optimizer: OptimizerSpec | Mapping[str, OptimizerSpec],
         metrics: MetricSpec | Iterable[Any] | Mapping[str, Any] | None = None,
         *,
         loss_weights: Sequence[float] | Mapping[str, float] | None = None,
         weighted_metrics: MetricSpec | Iterable[Any] | Mapping[str, Any] | None = None,
-        lr_scheduler: str | type[LRScheduler] | SchedulerFactory | LRScheduler | None = None,
+        lr_scheduler: SchedulerSpec | Mapping[str, SchedulerSpec] | None = None,
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
         param_groups: Mapping[str, Mapping[str, Any]] | None = None,
         mixed_precision: Literal["bf16", "fp16"] | None = None,
@@ -103,11 +106,13 @@ class Model:
         a callable (outputs, y) -> scalar or values per sample. Classification losses by name expect logits. A list or
         dict of losses, one for each output, is summed, times loss_weights, and logged as "<output>_loss".
         optimizer: a name (torch's defaults, fused where torch can), a class or factory called with the parameters, or
-        an object.   metrics: a name, torchmetrics object or function (outputs, y) -> tensor, or a list or dict of them;
+        an object; for a loop of your own also a dict of them, each over the part of the net that its key names.
+         metrics: a name, torchmetrics object or function (outputs, y) -> tensor, or a list or dict of them;
         with several losses a dict by output or a list of lists, logged as "<output>_<metric>".
         weighted_metrics: as metrics, averaged with the sample weights.
         lr_scheduler: an object, class, factory (optimizer -> scheduler) or name ("cosine", "one_cycle",
-        "reduce_on_plateau"), stepped each epoch or, with lr_scheduler_interval="step", each optimizer update.
+        "reduce_on_plateau"), stepped each epoch or, with lr_scheduler_interval="step", each optimizer update; a dict
+        beside a dict of optimizers.
         param_groups: {glob on parameter names: optimizer options}, the first match counts.
         mixed_precision: autocast in "bf16" or "fp16" (with a GradScaler).
         gradient_accumulation_steps: batches to an optimizer update; exact for short batches and at the epoch's end.
@@ -128,8 +133,18 @@ class Model:
             raise TypeError(f"unpack must be a function of a batch, got {unpack!r}.")
         made_loop = make_loop(loop)
         loss_fn = make_loss(loss, self.device, loss_weights)
-        made_optimizer = make_optimizer(optimizer, self.net, loss_fn, param_groups)
-        if isinstance(made_optimizer, torch.optim.LBFGS) and not is_own_loop(made_loop):
+        if not isinstance(optimizer, Mapping):
+            made_optimizer = make_optimizer(optimizer, self.net, loss_fn, param_groups)
+        elif mixed_precision == "fp16" and not has_own_train_step(made_loop):
+            raise ValueError("several optimizers under fp16 need a train_step that gives each to the scaler.")
+        elif is_own_loop(made_loop) and param_groups is None:
+            made_optimizer = make_optimizers(optimizer, self.net, loss_fn)
+        else:
+            raise ValueError(
+                "several optimizers need a train_step of your own, which says when each steps, and no param_groups: "
+                "subclass ClassLoop, or give FunctionLoop(train_step=...)."
+            )
+        if isinstance(made_optimizer, torch.optim.LBFGS) and not has_own_train_step(made_loop):
             raise ValueError(
                 "LBFGS calls the loss several times a step through a closure, which the built-in loops do not give it: "
                 "subclass ClassLoop and call self.optimizer.step(closure) in train_step."
@@ -195,7 +210,8 @@ class Model:
         steps_per_epoch: batches an epoch; the data goes on between epochs and starts again when used up.
         validation_steps: batches of each validation, from the beginning.
         resume: True goes on, to the bit, from the newest good file of the checkpointing callback given, or begins where
-        there is none; a path from that file. epochs is the final index then, and the History holds the epochs before.
+        there is none; a path from that file; False never, BackupAndRestore or not. epochs is the final index then, and
+        the History holds the epochs before.
         on_interrupt: Ctrl-C or the stop button ends fit at the next optimizer step, after a last checkpoint and
         on_train_end; then fit may "return" its History or "raise" KeyboardInterrupt; "auto" returns where somebody
         types (a notebook, a prompt). With a callback that writes resume points SIGTERM does the same and exits with
@@ -270,18 +286,20 @@ class Model:
             earlier_history=self.history,
         )
         run.check_before_start()
+        self.last_callbacks, self.last_class_weight = callback_list.callbacks, class_weight
         run.history = History(self, run.params)
         found = find_checkpoint(resume, callback_list.checkpointers)
         if resume is True and found is None:
             progress.say("No checkpoint yet: training begins at the beginning.")
         try:
             with (
+                caught_signals(run.note_interrupt, sigterm=callback_list.writes_resume_points),
                 self._running(run),
                 self._scheduler(run, compiled) as run.lr_scheduler,
-                caught_signals(run.note_interrupt, sigterm=callback_list.writes_resume_points),
             ):
                 if found is not None:
                     run.resume_from, path = found
+                    run.resume_path = str(path)
                     check_content(run, run.resume_from, path)
                     progress.say(f"Going on from {path}.")
                 self._loop.fit(run)
@@ -473,7 +491,7 @@ class Model:
             compiled,
             callbacks=CallbackList(callbacks),
             progress=Progress(verbose),
-            val_data=source,
+            val_data=source if self._run is None else source.another(),
             validation_steps=steps,
         )
         run.check_before_start()

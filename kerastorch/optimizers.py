@@ -9,6 +9,7 @@ import fnmatch
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -16,11 +17,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.utils.hooks import RemovableHandle
 
+from kerastorch.device import bare_module
 from kerastorch.errors import did_you_mean, look_up
 
 OptimizerFactory = Callable[[Any], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
+OptimizerSpec = str | type[Optimizer] | OptimizerFactory | Optimizer
+SchedulerSpec = str | type[LRScheduler] | SchedulerFactory | LRScheduler
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {
     "sgd": torch.optim.SGD,
@@ -56,8 +61,134 @@ SCHEDULERS: dict[str, SchedulerFactory | str] = {
 }
 
 
+class NamedOptimizers(Optimizer):
+    """Several optimizers under one roof: optimizer["generator"] is one of them, step() and zero_grad() reach all.
+
+    param_groups and state are those of all, in order; state_dict() is {name: that optimizer's}.
+    """
+
+    def __init__(self, optimizers: Mapping[str, Optimizer]) -> None:  # the parts hold what Optimizer.__init__ makes
+        self.optimizers, self.defaults = dict(optimizers), {}
+
+    def __getitem__(self, name: str) -> Optimizer:
+        return self.optimizers[name]
+
+    def __reduce__(self) -> tuple[type[NamedOptimizers], tuple[dict[str, Optimizer]]]:
+        return NamedOptimizers, (self.optimizers,)  # copies and pickles
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        return {key: value for optimizer in self.optimizers.values() for key, value in optimizer.state.items()}
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none)
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+
+    def register_step_pre_hook(self, hook: Callable[..., Any]) -> Any:
+        return _Handles([optimizer.register_step_pre_hook(hook) for optimizer in self.optimizers.values()])
+
+    def register_step_post_hook(self, hook: Callable[..., Any]) -> Any:
+        return _Handles([optimizer.register_step_post_hook(hook) for optimizer in self.optimizers.values()])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state_dict[name])
+
+
+@dataclass
+class _Handles:
+    handles: list[RemovableHandle]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+class NamedSchedulers(LRScheduler):
+    """The schedulers of NamedOptimizers, by the same names; step() reaches all."""
+
+    def __init__(self, schedulers: Mapping[str, LRScheduler]) -> None:  # the parts hold what LRScheduler.__init__ makes
+        self.schedulers = dict(schedulers)
+
+    def __getitem__(self, name: str) -> LRScheduler:
+        return self.schedulers[name]
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        return [rate for scheduler in self.schedulers.values() for rate in scheduler.get_last_lr()]
+
+    def step(self, epoch: int | None = None) -> None:
+        for scheduler in self.schedulers.values():
+            scheduler.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: scheduler.state_dict() for name, scheduler in self.schedulers.items()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for name, scheduler in self.schedulers.items():
+            scheduler.load_state_dict(state_dict[name])
+
+
+def make_optimizers(optimizers: Mapping[str, OptimizerSpec], net: nn.Module, loss: object = None) -> NamedOptimizers:
+    """Return several optimizers, each over the submodule of net that its name names, or as given where it is an object.
+
+    loss: its parameters, where it has some, must be in an optimizer given.
+    Raises ValueError for a name that is no submodule, parameters in two optimizers, and as make_optimizer.
+    """
+    net = bare_module(net)
+    if not optimizers:
+        raise ValueError("optimizer={} holds no optimizer.")
+    parts = {name for name, _ in net.named_modules() if name}
+    made = {}
+    for name, optimizer in optimizers.items():
+        if not isinstance(optimizer, Optimizer) and name not in parts:
+            raise ValueError(
+                f"optimizer[{name!r}] is to be made, but the net has no part of that name;{did_you_mean(name, parts)} "
+                f"Parts: {', '.join(sorted(parts))}. Or give an optimizer object."
+            )
+        part = net if isinstance(optimizer, Optimizer) else net.get_submodule(name)
+        made[name] = make_optimizer(optimizer, part)
+    owner: dict[int, str] = {}
+    for name, one in made.items():
+        for parameter in (parameter for group in one.param_groups for parameter in group["params"]):
+            if owner.setdefault(id(parameter), name) != name:
+                raise ValueError(f"optimizers {owner[id(parameter)]!r} and {name!r} hold the same parameters.")
+    if isinstance(loss, nn.Module) and not {id(parameter) for parameter in loss.parameters()} <= owner.keys():
+        raise ValueError(
+            "the loss has parameters, which none of the optimizers holds: give one as an object over them."
+        )
+    return NamedOptimizers(made)
+
+
+def single_optimizers(optimizer: Optimizer) -> list[Optimizer]:
+    """Return the optimizers that step."""
+    return list(optimizer.optimizers.values()) if isinstance(optimizer, NamedOptimizers) else [optimizer]
+
+
+def describe_kinds(value: Optimizer | LRScheduler | None) -> str:
+    """Return the class's name, "Adam", or those of several, "discriminator: Adam, generator: SGD"."""
+    parts: Mapping[str, object] = {}
+    if isinstance(value, NamedOptimizers):
+        parts = value.optimizers
+    elif isinstance(value, NamedSchedulers):
+        parts = value.schedulers
+    else:
+        return type(value).__name__
+    return ", ".join(f"{name}: {type(parts[name]).__name__}" for name in sorted(parts))
+
+
 def make_optimizer(
-    optimizer: str | type[Optimizer] | OptimizerFactory | Optimizer,
+    optimizer: OptimizerSpec,
     net: nn.Module,
     loss: object = None,
     param_groups: Mapping[str, Mapping[str, Any]] | None = None,
@@ -158,14 +289,19 @@ def _check_holds(optimizer: Optimizer, named: Mapping[str, nn.Parameter]) -> Non
 
 
 def make_scheduler(
-    lr_scheduler: str | type[LRScheduler] | SchedulerFactory | LRScheduler | None, optimizer: Optimizer
+    lr_scheduler: SchedulerSpec | Mapping[str, SchedulerSpec] | None, optimizer: Optimizer
 ) -> LRScheduler | str | None:
     """Return the scheduler meant; a name that spans a fit ("cosine", "one_cycle") stays a name until fit begins.
 
+    With several optimizers: a dict of schedulers, objects or factories, by the optimizers' names.
     Raises ValueError for an unknown name or a scheduler of another optimizer, TypeError for anything else.
     """
     if lr_scheduler is None:
         return None
+    if isinstance(optimizer, NamedOptimizers):
+        return _make_schedulers(lr_scheduler, optimizer)
+    if isinstance(lr_scheduler, Mapping):
+        raise ValueError("lr_scheduler is a dict, which goes with a dict of optimizers; there is one.")
     given = lr_scheduler
     if isinstance(lr_scheduler, str):
         known = look_up("lr_scheduler", lr_scheduler, SCHEDULERS)
@@ -190,6 +326,28 @@ def make_scheduler(
             f"or a factory, lr_scheduler=lambda optimizer: {name}(optimizer, ...)."
         )
     return lr_scheduler
+
+
+def _make_schedulers(
+    lr_schedulers: SchedulerSpec | Mapping[str, SchedulerSpec], optimizers: NamedOptimizers
+) -> NamedSchedulers:
+    names = ", ".join(optimizers.optimizers)
+    if not isinstance(lr_schedulers, Mapping):
+        raise ValueError(
+            f"with several optimizers lr_scheduler is a dict by their names ({names}), not {lr_schedulers!r}."
+        )
+    made: dict[str, LRScheduler] = {}
+    for name, spec in lr_schedulers.items():
+        if name not in optimizers.optimizers:
+            raise ValueError(f"lr_scheduler has the name {name!r}, but the optimizers are {names}.")
+        scheduler = make_scheduler(spec, optimizers[name])
+        if not isinstance(scheduler, LRScheduler) or isinstance(scheduler, ReduceLROnPlateau):
+            raise ValueError(
+                f"lr_scheduler[{name!r}]={spec!r} spans a fit or reads its loss, which needs one optimizer: give a "
+                "scheduler that steps by itself, or a factory, lambda optimizer: StepLR(optimizer, 10)."
+            )
+        made[name] = scheduler
+    return NamedSchedulers(made)
 
 
 def set_option(group: dict[str, Any], key: str, value: Any) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import os
 import platform
 import warnings
@@ -12,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.optim import Optimizer
 
-from kerastorch.checkpoint import CheckpointError, check_plain, newest_first, read_checkpoint
-from kerastorch.device import get_random_state, set_random_state
+from kerastorch.checkpoint import CheckpointError, check_plain, copy_to_cpu, newest_first, read_checkpoint
+from kerastorch.device import bare_module, describe, get_random_state, set_random_state
+from kerastorch.optimizers import NamedOptimizers, describe_kinds
 
 if TYPE_CHECKING:
     from kerastorch.callbacks.callback import Callback, Checkpointer
@@ -33,7 +37,7 @@ def get_content(run: Run, loss: float) -> dict[str, Any]:
         "optimizer_state_dict": run.optimizer.state_dict(),
         "loss": loss,
     }
-    if run.averaged_net is not None:
+    if run.average is not None and run.average.has_begun:
         content["training_model_state_dict"] = bare_module(run.net).state_dict()
     if run.lr_scheduler is not None:
         content["lr_scheduler_state_dict"] = run.lr_scheduler.state_dict()
@@ -46,13 +50,13 @@ def get_content(run: Run, loss: float) -> dict[str, Any]:
     content["checkpointers"] = _get_states(writers)
     content["run"] = {
         **{name: getattr(run, name) for name in _COUNTERS},
-        "optimizer": type(run.optimizer).__name__,
-        "lr_scheduler": type(run.lr_scheduler).__name__,
+        "optimizer": describe_kinds(run.optimizer),
+        "lr_scheduler": describe_kinds(run.lr_scheduler),
         "history": run.history.state_dict(),
         "earlier_history": run.earlier_history.state_dict(),
         "sums": run.train_sums.state_dict() if run.batches_done else None,
         "train_data": run.train_data.state_dict() if run.train_data is not None else None,
-        "val_data": run.val_data.state_dict() if run.val_data is not None else None,
+        "val_data": run.val_state or (run.val_data.state_dict() if run.val_data is not None else None),
         "random_state": get_random_state(),
     }
     content["versions"] = {"torch": torch.__version__.split("+")[0], "python": platform.python_version()}
@@ -68,10 +72,12 @@ def find_checkpoint(
     """Return the content to go on from and its file, or None where there is none yet.
 
     resume: a file; True: the newest that can be read of the checkpointing callbacks; None: of one that resumes by
-    itself. Warns, naming them, of newer files that can't be read. Raises CheckpointError where none can, OSError for
-    a path that is not there, ValueError for True without such a callback.
+    itself; False: none. Warns, naming them, of newer files that can't be read. Raises CheckpointError where none can,
+    OSError for a path that is not there, ValueError for True without such a callback.
     """
-    if resume is not None and not isinstance(resume, bool):
+    if resume is False:
+        return None
+    if resume is not None and resume is not True:
         path = Path(resume)
         return read_checkpoint(path), path
     writers = [one for one in checkpointers if one.writes_resume_points and (resume or one.resumes_by_itself)]
@@ -98,29 +104,35 @@ def find_checkpoint(
 def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError, naming every key that does not fit, before anything of the run is touched."""
     name = repr(str(path))
+    _check_form(content, name)
     for key, kind in (("epoch", int), ("model_state_dict", Mapping), ("optimizer_state_dict", Mapping)):
         if not isinstance(content.get(key), kind):
             raise CheckpointError(
                 f"{name} is no training checkpoint: it has no {key!r} to go on from (its keys: {', '.join(content)})."
             )
     problems = _compare("net", bare_module(run.net).state_dict(), training_weights(content))
-    if isinstance(run.loss_fn.fn, nn.Module):
-        problems += _compare("loss", run.loss_fn.fn.state_dict(), content.get("loss_state_dict", {}))
+    loss = run.loss_fn.fn.state_dict() if isinstance(run.loss_fn.fn, nn.Module) else {}
+    problems += _compare("loss", loss, content.get("loss_state_dict", {}))
     state = content.get("run", {})
-    saved, own = state.get("optimizer", type(run.optimizer).__name__), type(run.optimizer).__name__
+    own = describe_kinds(run.optimizer)
+    saved = state.get("optimizer", own)
     if saved != own:
         problems.append(f"the checkpoint's optimizer is {saved}, this run's {own}")
-    saved_groups, groups = content["optimizer_state_dict"]["param_groups"], run.optimizer.param_groups
-    if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
-        sizes = (", ".join(str(len(group["params"])) for group in part) for part in (saved_groups, groups))
-        problems.append("parameters in the optimizer's groups: {} in the checkpoint, {} in this run".format(*sizes))
-    else:
-        problems += _compare_slots(content["optimizer_state_dict"], groups)
-    own = type(run.lr_scheduler).__name__
+    problems += _compare_optimizers(run.optimizer, content["optimizer_state_dict"])
+    own = describe_kinds(run.lr_scheduler)
     if (saved := state.get("lr_scheduler", own)) != own:
         problems.append(f"the checkpoint's lr_scheduler is {saved}, this run's {own}")
+    elif state and run.lr_scheduler is not None and "lr_scheduler_state_dict" not in content:
+        problems.append("'lr_scheduler_state_dict' is missing in the checkpoint")
     if problems:
         raise ValueError(f"{name} does not fit this model:\n  " + "\n  ".join(problems))
+    source = state.get("train_data")
+    if source is not None and run.train_data is not None:
+        misfit = run.train_data.find_misfit(source)
+        if misfit is None and state["batches_done"] > (run.num_batches or math.inf):
+            misfit = f"it stands after {state['batches_done']} batches of an epoch of {run.num_batches}"
+        if misfit is not None:
+            raise ValueError(f"{name} does not fit the data: {misfit}.")
     done, epochs = content["epoch"] + 1 + bool(state.get("batches_done", 0)), run.epochs
     if done > epochs:
         raise ValueError(
@@ -134,27 +146,98 @@ def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
         )
 
 
+def _check_form(content: Mapping[str, Any], name: str) -> None:
+    """Raise CheckpointError where the counters and histories are not of the form that get_content gives them."""
+    problem = None
+    state = content.get("run", {})
+    if not isinstance(content.get("epoch", 0), int) or content.get("epoch", 0) < -1:
+        problem = f"its epoch is {describe(content['epoch'])}"
+    elif not isinstance(state, dict) or (state and set(_COUNTERS) - set(state)):
+        problem = "its run has not all counters"
+    elif state:
+        for counter in _COUNTERS:
+            is_flag = counter in ("epoch_is_trained", "stop_training")
+            if type(state[counter]) is not (bool if is_flag else int) or not 0 <= state[counter] < 2**63:
+                problem = f"its {counter} is not {'a flag' if is_flag else 'a count'}"
+        for key in ("history", "earlier_history"):
+            rows = state.get(key)
+            if not isinstance(rows, dict) or not all(isinstance(rows.get(part), list) for part in ("epoch", "logs")):
+                problem = f"its {key} is not two lists"
+            elif len(rows["epoch"]) != len(rows["logs"]) or not all(isinstance(row, dict) for row in rows["logs"]):
+                problem = f"its {key} has {len(rows['epoch'])} epochs but {len(rows['logs'])} rows"
+        for key in ("callbacks", "checkpointers"):
+            if not isinstance(content.get(key), dict):
+                problem = f"it has no {key}"
+        for key in ("train_data", "val_data"):
+            source = state.get(key)
+            is_whole = isinstance(source, dict) and isinstance(source.get("generators"), list)
+            if source is not None and not (
+                is_whole and all(_is_count(source.get(k)) for k in ("batches", "num_workers"))
+            ):
+                problem = f"its {key} has no counts of batches and workers"
+        sums = state.get("sums")
+        if sums is not None and not (isinstance(sums, dict) and _is_count(sums.get("num_samples"))):
+            problem = "its sums have no count of samples"
+        if not isinstance(state.get("optimizer"), str) or not isinstance(state.get("lr_scheduler"), str):
+            problem = "its optimizer and lr_scheduler have no names"
+    for key in ("training_model_state_dict", "loss_state_dict"):
+        if not isinstance(content.get(key, {}), Mapping):
+            problem = f"its {key} is no dict"
+    if problem is not None:
+        raise CheckpointError(f"{name} is no checkpoint that a run wrote: {problem}.")
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
 def restore(run: Run, content: Mapping[str, Any]) -> None:
-    """Bring run to where content was saved; random states and callbacks' states come last."""
+    """Bring run to where content was saved; random states and callbacks' states come last.
+
+    Raises CheckpointError, and leaves net, optimizer and random states as they were, where a part can't be taken up.
+    """
+    before = copy_to_cpu(get_content(run, 0.0))
+    before["training_model_state_dict"] = before.get("training_model_state_dict", before["model_state_dict"])
+    try:
+        _restore(run, content)
+    except Exception as error:
+        _restore_modules(run, before)
+        for name in _COUNTERS:
+            setattr(run, name, before["run"][name])
+        run.history.load_state_dict(before["run"]["history"])
+        run.earlier_history.load_state_dict(before["run"]["earlier_history"])
+        set_random_state(before["run"]["random_state"])
+        raise CheckpointError(f"{run.resume_path!r} can't be taken up: {type(error).__name__}: {error}") from error
+
+
+def _restore_modules(run: Run, content: Mapping[str, Any]) -> None:
     run.optimizer.load_state_dict(dict(content["optimizer_state_dict"]))
     if run.lr_scheduler is not None and "lr_scheduler_state_dict" in content:
-        run.lr_scheduler.load_state_dict(content["lr_scheduler_state_dict"])
+        run.lr_scheduler.load_state_dict(copy.deepcopy(content["lr_scheduler_state_dict"]))  # CyclicLR takes parts out
     if run.scaler.is_enabled() and "scaler_state_dict" in content:
         run.scaler.load_state_dict(content["scaler_state_dict"])
     if isinstance(run.loss_fn.fn, nn.Module) and "loss_state_dict" in content:
         run.loss_fn.fn.load_state_dict(content["loss_state_dict"])
     bare_module(run.net).load_state_dict(training_weights(content))
+
+
+def _restore(run: Run, content: Mapping[str, Any]) -> None:
+    _restore_modules(run, content)
     run.epochs_done = content["epoch"] + 1
     state = content.get("run")
     if state is None:
         warnings.warn(
             "the checkpoint is of the plain recipe, without random states and counters: training goes on after its "
-            "epoch, but not exactly as an uninterrupted run would.",
+            "epoch, but not exactly as an uninterrupted run would; an lr_scheduler starts anew.",
             stacklevel=2,
         )
         return
     for name in set(_COUNTERS) - {"epochs"}:
         setattr(run, name, state[name])
+    for optimizer in (
+        run.optimizer.optimizers.values() if isinstance(run.optimizer, NamedOptimizers) else [run.optimizer]
+    ):
+        optimizer._opt_called = run.step > 0  # type: ignore[attr-defined]  # or torch warns of a scheduler that steps first
     run.history.load_state_dict(state["history"])
     run.earlier_history.load_state_dict(state["earlier_history"])
     if state["sums"] is not None:
@@ -162,12 +245,20 @@ def restore(run: Run, content: Mapping[str, Any]) -> None:
     writers = run.callbacks.checkpointers
     unknown = _set_states((one for one in run.callbacks.callbacks if one not in writers), content["callbacks"])
     for name in unknown:
-        warnings.warn(f"the checkpoint holds the state of a {name}, which this fit does not have.", stacklevel=2)
+        warnings.warn(
+            f"the checkpoint holds the state of {name}, which this fit does not have.", stacklevel=2
+        )
     _set_states(writers, content["checkpointers"])
     set_random_state(state["random_state"])
     for source, position in ((run.val_data, state["val_data"]), (run.train_data, state["train_data"])):
         if source is not None and position is not None:
             source.load_state_dict(position)
+
+
+def check_states(run: Run) -> None:
+    """Raise TypeError, naming callback or part and key, for a state that a checkpoint can't hold."""
+    check_callbacks(run.callbacks.callbacks)
+    check_plain(get_content(run, 0.0))
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
@@ -180,15 +271,6 @@ def training_weights(content: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the weights that the optimizer worked on."""
     weights: Mapping[str, Any] = content.get("training_model_state_dict", content["model_state_dict"])
     return weights
-
-
-def bare_module(net: nn.Module) -> nn.Module:
-    """Return the module inside torch.compile's or a parallel wrapper, whose keys have no prefix."""
-    while isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(net, "_orig_mod"):
-        inner = net._orig_mod if hasattr(net, "_orig_mod") else net.module
-        assert isinstance(inner, nn.Module)
-        net = inner
-    return net
 
 
 def _named(callbacks: Iterable[Callback]) -> list[tuple[str, Callback]]:
@@ -223,10 +305,53 @@ def _compare(what: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> lis
         other = saved.get(key, value)
         if isinstance(value, (UninitializedParameter, UninitializedBuffer)) or not isinstance(value, Tensor):
             continue
-        if not isinstance(other, Tensor) or other.shape != value.shape:
+        if isinstance(other, Tensor) and (other.layout, other.is_complex()) != (value.layout, value.is_complex()):
+            problems.append(f"{what}: {key!r} is {other.dtype}, {other.layout} in the checkpoint")
+        elif not isinstance(other, Tensor) or other.shape != value.shape:
             shape = tuple(other.shape) if isinstance(other, Tensor) else type(other).__name__
             problems.append(f"{what}: {key!r} has shape {shape} in the checkpoint, {tuple(value.shape)} in this model")
     return problems
+
+
+def _compare_optimizers(optimizer: Optimizer, saved: Mapping[str, Any]) -> list[str]:
+    if isinstance(optimizer, NamedOptimizers):
+        if set(saved) != set(optimizer.optimizers):
+            return [f"optimizers: {', '.join(saved)} in the checkpoint, {', '.join(optimizer.optimizers)} in this run"]
+        return [problem for name in saved for problem in _compare_optimizers(optimizer[name], saved[name])]
+    saved_groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
+    is_whole = isinstance(saved_groups, list) and isinstance(saved.get("state"), Mapping)
+    if not is_whole or not all(_is_group(group) for group in saved_groups or []):
+        return ["the checkpoint's optimizer_state_dict has no param_groups with params, or no state"]
+    groups = optimizer.param_groups
+    assert saved_groups is not None
+    if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
+        sizes = (", ".join(str(len(group["params"])) for group in part) for part in (saved_groups, groups))
+        return ["parameters in the optimizer's groups: {} in the checkpoint, {} in this run".format(*sizes)]
+    problems = []
+    for i, (other, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        for key in sorted((other.keys() ^ group.keys()) - {"initial_lr", "swa_lr", "max_lr", "min_lr", "max_momentum"}):
+            where = "the checkpoint" if key in other else "this run"
+            problems.append(f"optimizer: only {where} has {key!r} in group {i}")
+        for key in other.keys() & group.keys() - {"params"}:
+            if not _is_alike(other[key], group[key]):
+                problems.append(f"optimizer: {key!r} of group {i} is {describe(other[key])} in the checkpoint")
+    return problems + _compare_slots(saved, groups)
+
+
+def _is_group(group: object) -> bool:
+    params = group.get("params") if isinstance(group, dict) else None
+    return isinstance(params, list) and all(isinstance(index, int) for index in params)
+
+
+def _is_alike(one: object, other: object) -> bool:
+    """Whether two options of an optimizer are of one kind: both numbers, both flags or None, or of one type."""
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_is_alike, one, other))
+    if isinstance(one, (bool, type(None))):
+        return isinstance(other, (bool, type(None)))
+    if isinstance(one, (int, float)) or (isinstance(one, Tensor) and one.numel() == 1):
+        return isinstance(other, (int, float, Tensor))
+    return type(one) is type(other)
 
 
 _SLOTS_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "acc_delta", "prev", "ax")
@@ -237,7 +362,16 @@ def _compare_slots(saved: Mapping[str, Any], groups: list[dict[str, Any]]) -> li
     parameters = [parameter for group in groups for parameter in group["params"]]
     indices = [index for group in saved["param_groups"] for index in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):
-        for slot, value in saved["state"].get(index, {}).items():
+        slots = saved["state"].get(index, {})
+        if not isinstance(slots, Mapping):
+            problems.append(f"optimizer: the state of parameter {index} is {describe(slots)}")
+            continue
+        for slot, value in slots.items():
+            kinds = (Tensor, type(None)) if slot in _SLOTS_LIKE_PARAMETER else (Tensor, int, float)
+            if slot in (*_SLOTS_LIKE_PARAMETER, "step") and not isinstance(value, kinds):
+                problems.append(f"optimizer: {slot!r} of parameter {index} is {describe(value)}")
+            if slot == "step" and isinstance(value, Tensor) and value.numel() != 1:
+                problems.append(f"optimizer: 'step' of parameter {index} has shape {tuple(value.shape)}")
             if slot in _SLOTS_LIKE_PARAMETER and isinstance(value, Tensor) and value.shape != parameter.shape:
                 shapes = f"{tuple(value.shape)} in the checkpoint, but parameter {index} is {tuple(parameter.shape)}"
                 problems.append(f"optimizer: {slot!r} has shape {shapes}")

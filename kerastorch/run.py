@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.optim.swa_utils import AveragedModel
 
+from kerastorch.averaging import WeightAverage
+from kerastorch.checkpoint import check_plain
 from kerastorch.data import BatchSource, ClassWeight, Predictions, to_numpy
 from kerastorch.device import (
     Nested,
+    bare_module,
     get_random_state,
     map_nested,
     move_to_device,
@@ -38,8 +41,9 @@ from kerastorch.first_batch import (
 from kerastorch.history import History
 from kerastorch.losses import Loss, LossFunction
 from kerastorch.metrics import AnyMetric, LogValue, PassSums, known_logs, may_name_results
+from kerastorch.optimizers import single_optimizers
 from kerastorch.progress import Progress
-from kerastorch.resume import bare_module, check_callbacks, get_content, restore
+from kerastorch.resume import check_states, get_content, restore
 
 if TYPE_CHECKING:
     from kerastorch.callbacks import CallbackList
@@ -101,7 +105,7 @@ class Run:
     x, loss: this training batch's inputs and detached loss, on the device; None before the first.
     epochs_done: the index after the last finished epoch's.   batches_done: batches of the running epoch, 0 at its end.
     batches_seen: batches since fit began.   interrupt: the signal that asked to stop (SIGINT, SIGTERM), or None.
-    averaged_net: an average of the weights that EMA or SWA publish in the net's place, or None.
+    average: of the weights, which EMA and SWA let stand in for the net's, or None.
     history: the finished epochs.   val_logs: the last evaluation's logs, without "val_".
     """
 
@@ -137,6 +141,7 @@ class Run:
         self.history = History()
         self.earlier_history = earlier_history or History()  # of the fits before this one
         self.resume_from: Mapping[str, Any] | None = None  # a checkpoint's content
+        self.resume_path = ""  # and its file
         self.logs_are_known = False  # whether log_names lists all that can ever be monitored
         self.added_logs: list[str] = []  # keys that callbacks say, in on_train_begin, they will add to an epoch's logs
 
@@ -167,14 +172,13 @@ class Run:
         self.epoch_is_trained = False  # and may lack its validation
         self.interrupt: int | None = None
         self._is_cut = False  # whether an interrupt ended the running epoch
-        self.averaged_net: AveragedModel | None = None
-        self.keeps_average = False
-        self._is_swapped = False
+        self.average: WeightAverage | None = None
         self.step_is_due = True
         self.stop_training = False
         self.x: Nested = None
         self.loss: Tensor | None = None
         self.val_logs: dict[str, LogValue] = {}
+        self.val_state: dict[str, Any] | None = None  # of the validation data, when a pass over it began
         self.forward: Callable[..., Any] = net
         self._forward_tuple = lambda x: net(*x)
         self._forward_dict = lambda x: net(**x)
@@ -211,8 +215,9 @@ class Run:
         self.callbacks.end()
         self._watch.close()
         self.x = self.loss = self.resume_from = None
-        if self._is_swapped:  # by a validation that failed
-            self._swap_average()
+        if self.average is not None and self.average.is_swapped:  # by a validation that failed
+            self.average.swap()
+        self.average = None
         for source in (self.train_data, self.val_data):
             if source is not None:
                 source.release()
@@ -258,7 +263,9 @@ class Run:
             self.callbacks.save("epoch", logs)
             self.progress.end(logs)
         if self.interrupt is None:
-            self._adopt_average()
+            if self.average is not None:
+                self.average.adopt()
+                self.average = None
         elif not self._is_cut:
             self.callbacks.save("interrupt", logs)
         self.callbacks.on_train_end(logs)
@@ -318,15 +325,15 @@ class Run:
         epoch on an optimizer step.
         """
         assert self.train_data is not None
-        if self.epoch_is_trained or (self.stop_training and self.batches_done):  # as a resumed run may find it
+        if self.epoch_is_trained:  # as a resumed run may find it
             return
         callbacks, sums, k = self.callbacks, self.train_sums, self.gradient_accumulation_steps
         self.sums = sums
         self._window = []
         is_first = True
-        for (x, y, sample_weight), is_last in self.train_data.epoch(
-            self.steps_per_epoch, done=self.batches_done, look_ahead=k > 1
-        ):
+        batches = self.train_data.epoch(self.steps_per_epoch, done=self.batches_done, look_ahead=k > 1)
+        is_stopped = self.stop_training and self.batches_done > 0  # in the life before this one
+        for (x, y, sample_weight), is_last in () if is_stopped else batches:
             self.batch += 1
             x, y, sample_weight = self._begin_batch(x, y, sample_weight)
             if is_first:
@@ -366,11 +373,13 @@ class Run:
         self.interrupt = signum
 
     def _prepare_checkpoints(self) -> None:
+        if self.callbacks.checkpointers:
+            check_plain(self.published_state_dict(), "model_state_dict")
         if self.callbacks.writes_resume_points:
-            check_callbacks(self.callbacks.callbacks)
+            check_states(self)
             for source in (self.train_data, self.val_data):
                 if source is not None:
-                    source.keep_position(inside=source is self.train_data)
+                    source.keep_position()
 
     def get_content(self, loss: float) -> dict[str, Any]:
         """Return what a checkpoint holds now; tensors are the live ones. loss: the epoch's so far."""
@@ -378,43 +387,30 @@ class Run:
 
     def published_state_dict(self) -> dict[str, Any]:
         """Return the weights that validation sees: the average where EMA or SWA keep one, else the net's. Bare keys."""
-        if self.averaged_net is None or self._is_swapped:
-            return bare_module(self.net).state_dict()
-        module: nn.Module = self.averaged_net.module
-        return module.state_dict()
+        return bare_module(self.net).state_dict() if self.average is None else self.average.published_state_dict()
 
     def _cut_epoch(self) -> None:
         """End an interrupted epoch where it is, after the last checkpoint."""
-        if self._is_swapped:
-            self._swap_average()
         self._is_cut = True
         self.progress.clear()
         self.callbacks.save("interrupt", RunningLogs(self.train_sums))
 
-    @torch.no_grad()
-    def _swap_average(self) -> None:
-        """Exchange the net's weights and the average's, in place, since optimizers and graphs hold on to them."""
-        assert self.averaged_net is not None
-        average: nn.Module = self.averaged_net.module
-        own = bare_module(self.net)
-        for one, other in zip(
-            [*own.parameters(), *own.buffers()], [*average.parameters(), *average.buffers()], strict=True
-        ):
-            held = one.clone()
-            one.copy_(other)
-            other.copy_(held)
-        self._is_swapped = not self._is_swapped
-
-    def _adopt_average(self) -> None:
-        """Give the net the average for good, where the callback that keeps it was asked to."""
-        if self.averaged_net is not None and self.keeps_average:
-            bare_module(self.net).load_state_dict(self.averaged_net.module.state_dict())
-            self.averaged_net = None
+    @contextmanager
+    def _published_weights(self) -> Iterator[None]:
+        """Let the average stand in the net, where there is one."""
+        if self.average is None or not self.average.has_begun:
+            yield
+            return
+        self.average.swap()
+        try:
+            yield
+        finally:
+            if self.average is not None and self.average.is_swapped:
+                self.average.swap()
 
     def forward_over(self, source: BatchSource, net: nn.Module) -> None:
         """Call net with each x of an epoch's worth of a source, as the loops call the run's net."""
-        count, steps = source.num_batches, self.steps_per_epoch
-        for (x, _, _), _ in source.one_pass(steps if count is None or (steps or count) < count else None):
+        for (x, _, _), _ in islice(source.one_pass(), self.steps_per_epoch):
             x = move_to_device(x, self.device)
             with self.autocast():
                 if isinstance(x, dict):
@@ -455,7 +451,8 @@ class Run:
             return
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         if clips:
-            self.scaler.unscale_(self.optimizer)
+            for optimizer in single_optimizers(self.optimizer):
+                self.scaler.unscale_(optimizer)
         if n != kb:
             for parameter in parameters:
                 if parameter.grad is not None:
@@ -485,9 +482,21 @@ class Run:
         """Add this batch to the sums of the running pass. They stay on the device: no sync."""
         if not isinstance(loss, Tensor):
             raise TypeError(f"a step must return (loss, outputs) with a tensor as loss, got {type(loss).__name__}.")
+        if loss.dim() and loss.numel() != 1:
+            raise ValueError(f"a step must return a scalar loss, got shape {tuple(loss.shape)}: return its mean.")
         outputs = map_nested(_detach, outputs) if self.sums.all_metrics else None
         self.loss = loss.detach()
         self.sums.update(self.loss, outputs, y, self.num_samples, sample_weight, self.loss_fn.parts)
+
+    def log(self, **values: Tensor | float) -> None:
+        """Average scalars of a step, weighted by samples, into logs, History, bar and callbacks. No sync.
+
+        Raises ValueError for what is not one number, and for a name that the logs have already.
+        """
+        for name, value in values.items():
+            if name in self.higher_is_better or name.startswith("val_"):
+                raise ValueError(f"log({name}=...): the logs have a {name!r} already; log it under another name.")
+            self.sums.log(name, value, self.num_samples)
 
     # ---- evaluation and prediction ----
 
@@ -499,28 +508,29 @@ class Run:
         sums.reset()
         is_in_fit = self.train_data is not None
         random_state = get_random_state(*self.generators) if is_in_fit else None
+        if is_in_fit and callbacks.writes_resume_points:
+            self.val_state = self.val_data.state_dict()  # a resumed run validates from the beginning
         callbacks.on_test_begin({})
-        if self.averaged_net is not None:
-            self._swap_average()
-        for batch, ((x, y, sample_weight), _) in enumerate(self.val_data.one_pass(self.validation_steps)):
-            x, y, sample_weight = self._begin_batch(x, y, sample_weight)
-            if batch == 0:
-                self._look_at_inputs(x, y, sample_weight)
-            if callbacks.has_test_batch_begin:
-                callbacks.on_test_batch_begin(batch, {})
-            yield x, y, sample_weight
-            if batch == 0:
-                self._watch.close()
-            if callbacks.has_test_batch_end:
-                callbacks.on_test_batch_end(batch, RunningLogs(sums))
-            if not is_in_fit:
-                self.progress.update(batch + 1, sums.running)
-            elif self.interrupt is not None:
-                assert random_state is not None
-                set_random_state(random_state, *self.generators)  # a resumed run validates from the beginning
-                return self._cut_epoch()
-        if self._is_swapped:
-            self._swap_average()
+        with self._published_weights():
+            for batch, ((x, y, sample_weight), _) in enumerate(self.val_data.one_pass(self.validation_steps)):
+                x, y, sample_weight = self._begin_batch(x, y, sample_weight)
+                if batch == 0:
+                    self._look_at_inputs(x, y, sample_weight)
+                if callbacks.has_test_batch_begin:
+                    callbacks.on_test_batch_begin(batch, {})
+                yield x, y, sample_weight
+                if batch == 0:
+                    self._watch.close()
+                if callbacks.has_test_batch_end:
+                    callbacks.on_test_batch_end(batch, RunningLogs(sums))
+                if not is_in_fit:
+                    self.progress.update(batch + 1, sums.running)
+                elif self.interrupt is not None:
+                    break
+        if random_state is not None and self.interrupt is not None:
+            set_random_state(random_state, *self.generators)
+            return self._cut_epoch()
+        self.val_state = None
         self.val_logs = sums.compute()
         callbacks.on_test_end(self.val_logs)
 

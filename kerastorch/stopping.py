@@ -7,11 +7,12 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 from kerastorch.errors import check_choice
 
 OnInterrupt = Literal["auto", "return", "raise"]
+SIGCHLD = getattr(signal, "SIGCHLD", None)  # not on Windows
 SIGTERM_STATUS = 128 + signal.SIGTERM  # 143, as a shell reports a process that SIGTERM ended
 
 
@@ -28,19 +29,27 @@ def caught_signals(note: Callable[[int], None], *, sigterm: bool) -> Iterator[No
         if noted:
             raise KeyboardInterrupt if signum == signal.SIGINT else SystemExit(SIGTERM_STATUS)
         noted = True
+        if SIGCHLD is not None and callable(signal.getsignal(SIGCHLD)):  # torch's, which raises when a worker has died
+            own[SIGCHLD], before[SIGCHLD] = _let_be, signal.signal(SIGCHLD, _let_be)
         note(signum)
 
-    before = {}
+    before: dict[int, Any] = {}
+    own: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            before[signal.SIGINT] = signal.signal(signal.SIGINT, handle)
+            own[signal.SIGINT], before[signal.SIGINT] = handle, signal.signal(signal.SIGINT, handle)
         if sigterm and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            before[signal.SIGTERM] = signal.signal(signal.SIGTERM, handle)
+            own[signal.SIGTERM], before[signal.SIGTERM] = handle, signal.signal(signal.SIGTERM, handle)
     try:
         yield
     finally:
         for signum, handler in before.items():
-            signal.signal(signum, handler)
+            if signal.getsignal(signum) is own[signum]:  # not one that a callback set for good
+                signal.signal(signum, handler)
+
+
+def _let_be(signum: int, frame: object) -> None:
+    pass
 
 
 def end_interrupted(signum: int, on_interrupt: OnInterrupt) -> None:

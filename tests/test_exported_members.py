@@ -16,7 +16,7 @@ def test_all_lists_exactly_the_public_names(name):
         for key, value in vars(package).items()
         if isinstance(value, types.ModuleType) and value.__name__ == f"{name}.{key}" and key not in package.__all__
     }
-    borrowed = {"annotations", "look_up", "eval_step", "train_step"}
+    borrowed = {"annotations", "inspect", "look_up", "eval_step", "train_step"}
     public = {key for key in vars(package) if not key.startswith("_")} - submodules - borrowed
     assert public == set(package.__all__)
     assert list(package.__all__) == sorted(package.__all__, key=lambda key: (not key.isupper(), key[0].islower(), key))

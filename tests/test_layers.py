@@ -12,7 +12,7 @@ ROWS = [  # lowest first; a folder's base file lies below its sisters, its __ini
     {"datasets.digits", "errors"},
     {"device", "datasets"},
     {"losses", "optimizers", "metrics", "initializers", "progress", "plots", "report"},
-    {"checkpoint", "distributed", "stopping", "history", "first_batch", "data.arrays"},
+    {"averaging", "checkpoint", "distributed", "stopping", "history", "first_batch", "data.arrays"},
     {"data.weights", "data.predictions", "data.resumable"},
     {"data.dataset", "data.passes"},
     {"data.source"},

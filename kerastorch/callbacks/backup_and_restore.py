@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from kerastorch.callbacks.callback import Checkpointer, Logs, Moment
-from kerastorch.checkpoint import CheckpointWriter, newest_first
-from kerastorch.errors import check_int
+from kerastorch.checkpoint import CheckpointError, CheckpointWriter, newest_first, read_checkpoint, remove_leftovers
 
 
 class BackupAndRestore(Checkpointer):
@@ -36,43 +35,28 @@ class BackupAndRestore(Checkpointer):
         *,
         async_save: bool = False,
     ) -> None:
-        if save_freq != "epoch":
-            if isinstance(save_freq, str):
-                raise ValueError(f"save_freq must be 'epoch' or a number of batches, got {save_freq!r}.")
-            check_int("save_freq", save_freq)
-        self.backup_dir = Path(backup_dir)
-        self.save_freq, self.async_save = save_freq, async_save
+        super().__init__(save_freq)
+        self.backup_dir, self.async_save = Path(backup_dir), async_save
         self.double_checkpoint, self.delete_checkpoint = double_checkpoint, delete_checkpoint
-        self.saves_within_epochs = save_freq != "epoch"
-        self._batches_at_save = 0
-        self._saved_at: tuple[int, int] | None = None
         self._writer: CheckpointWriter | None = None
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
-        self._batches_at_save, self._saved_at = 0, None
+        super().on_train_begin(logs)
+        self._has_saved = False
         if self.backup_dir.exists() and not self.backup_dir.is_dir():
             raise NotADirectoryError(f"BackupAndRestore's backup_dir {str(self.backup_dir)!r} is a file.")
         self.backup_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(self.backup_dir, os.W_OK):
             raise PermissionError(f"BackupAndRestore can't write into {str(self.backup_dir)!r}.")
         self._writer = CheckpointWriter("BackupAndRestore", self._paths()[0], is_async=self.async_save)
+        remove_leftovers(self.backup_dir, [path.name for path in self._paths(True)].__contains__)
 
     def save(self, moment: Moment, logs: Logs) -> None:
-        run = self.run
-        position = (run.epochs_done, run.batches_done)
-        if moment == "interrupt":
-            if position == self._saved_at or "loss" not in logs:
-                return
-        elif (moment == "epoch") != (self.save_freq == "epoch"):
+        if not self.is_due(moment, logs):
             return
-        elif self.save_freq != "epoch":
-            if run.batches_seen - self._batches_at_save < self.save_freq:
-                return
-            self._batches_at_save = run.batches_seen
-        self._saved_at = position
         assert self._writer is not None
         self._writer.wait()  # for a file that may become the newest
-        self._writer.write(self._target(), run.get_content(float(logs["loss"])), lambda: None)
+        self._writer.write(self._target(), self.run.get_content(float(logs["loss"])), lambda: None)
 
     def files(self) -> list[Path]:
         return newest_first(path for path in self._paths(True) if path.is_file())
@@ -92,18 +76,23 @@ class BackupAndRestore(Checkpointer):
         if self.backup_dir.is_dir() and not any(self.backup_dir.iterdir()):
             self.backup_dir.rmdir()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"batches_at_save": self._batches_at_save}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._batches_at_save = state_dict["batches_at_save"]
-
     def _paths(self, both: bool = False) -> list[Path]:
         names = ["backup.pt", "backup_2.pt"] if both or self.double_checkpoint else ["backup.pt"]
         return [self.backup_dir / name for name in names]
 
     def _target(self) -> Path:
-        """Return the file to replace: one that is not there yet, or the older."""
+        """Return the file to replace: one that is not there yet, or is damaged, or the older."""
         paths = self._paths()
-        missing = [path for path in paths if not path.exists()]
-        return missing[0] if missing else newest_first(paths)[-1]
+        useless = [path for path in paths if not path.exists()]
+        if len(paths) > 1 and not self._has_saved:  # found at the start: it may be damaged
+            useless += [path for path in paths if path.exists() and not _can_be_read(path)]
+        self._has_saved = True
+        return useless[0] if useless else newest_first(paths)[-1]
+
+
+def _can_be_read(path: Path) -> bool:
+    try:
+        read_checkpoint(path)
+    except (CheckpointError, OSError):
+        return False
+    return True

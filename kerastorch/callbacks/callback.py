@@ -36,7 +36,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from kerastorch.errors import check_choice, did_you_mean
+from kerastorch.errors import check_choice, check_int, did_you_mean
 from kerastorch.run import Run
 
 if TYPE_CHECKING:
@@ -132,16 +132,45 @@ class Callback:
 class Checkpointer(Callback):
     """The base of the callbacks that write checkpoints; save() comes when all hooks of the moment are through.
 
+    save_freq: "epoch", or a number of batches, counted across epochs, after which the next optimizer step is due.
     writes_resume_points: whether fit(resume=True) can go on from what it writes.
     resumes_by_itself: whether any fit does.
-    saves_within_epochs: whether it wants to be asked after every optimizer step.
     writes_first: whether it writes before the others, so that their files never know of one that is not there.
     """
 
     writes_resume_points = True
     resumes_by_itself = False
-    saves_within_epochs = False
     writes_first = False
+
+    def __init__(self, save_freq: int | Literal["epoch"] = "epoch") -> None:
+        if save_freq != "epoch":
+            if isinstance(save_freq, str):
+                raise ValueError(f"save_freq must be 'epoch' or a number of batches, got {save_freq!r}.")
+            check_int("save_freq", save_freq)
+        self.save_freq = save_freq
+        self._batches_at_save = 0
+        self._saved_at: tuple[int, int] | None = None
+
+    @property
+    def saves_within_epochs(self) -> bool:
+        """Whether it wants to be asked after every optimizer step."""
+        return self.save_freq != "epoch"
+
+    def on_train_begin(self, logs: Logs | None = None) -> None:
+        self._batches_at_save, self._saved_at = 0, None
+
+    def is_due(self, moment: Moment, logs: Logs) -> bool:
+        """Whether to write now; an interrupt is the last chance, unless this very place has been written."""
+        position = self.run.epochs_done, self.run.batches_done
+        if moment == "interrupt":
+            return position != self._saved_at and "loss" in logs
+        if isinstance(self.save_freq, str) or moment == "epoch":
+            is_due = (moment == "epoch") == (self.save_freq == "epoch")
+        else:
+            is_due = self.run.batches_seen - self._batches_at_save >= self.save_freq
+        if is_due:
+            self._batches_at_save, self._saved_at = self.run.batches_seen, position
+        return is_due
 
     def save(self, moment: Moment, logs: Logs) -> None:
         """Write, if it is time. moment: an epoch's end, an optimizer step inside it, or an interrupt's last chance."""
@@ -150,6 +179,12 @@ class Checkpointer(Callback):
     def files(self) -> list[Path]:
         """Return the files that a run can be resumed from, the newest first."""
         raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"batches_at_save": self._batches_at_save}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._batches_at_save = int(state_dict["batches_at_save"])
 
 
 HOOKS = tuple(name for name in vars(Callback) if name.startswith("on_"))

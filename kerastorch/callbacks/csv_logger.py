@@ -72,15 +72,17 @@ class CSVLogger(Callback):
         assert self._file is not None
         if not columns and not self.append:
             return  # the first row replaces the file
-        if os.path.getsize(self.filename) < size:
+        rows = Path(self.filename).read_bytes()[:size]
+        if len(rows) < size or (rows and not rows.endswith(b"\n")):
             warnings.warn(
-                f"CSVLogger's {self.filename!r} is shorter than when the run was saved: the rows of the epochs before "
-                "are missing in it.",
+                f"CSVLogger's {self.filename!r} is not the one that the run was saved with: rows of the epochs before "
+                "may be missing in it.",
                 stacklevel=2,
             )
             return
         self._file.truncate(size)  # rows of epochs that are trained again
-        self._header = columns
+        if size == 0:
+            self._header = []
         if columns:
             self._writer = self._make_writer(self._file, columns)
 

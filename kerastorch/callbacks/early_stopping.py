@@ -6,8 +6,8 @@ import copy
 from typing import Any, Literal
 
 from kerastorch.callbacks.callback import Callback, Logs, Monitor
+from kerastorch.device import are_finite, bare_module
 from kerastorch.errors import check_int
-from kerastorch.resume import bare_module
 
 
 class EarlyStopping(Callback):
@@ -60,7 +60,7 @@ class EarlyStopping(Callback):
         self.wait += 1
         if self._watched.is_better(value, self._watched.best):
             self._watched.best, self.best_epoch = value, epoch
-            if self.restore_best_weights:
+            if self.restore_best_weights and are_finite(self.run.published_state_dict()):
                 self.best_weights = copy.deepcopy(self.run.published_state_dict())
             if self.baseline is None or self._watched.is_better(value, self.baseline):
                 self.wait = 0
@@ -86,8 +86,8 @@ class EarlyStopping(Callback):
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._watched.best = state_dict["best"]
-        self.wait, self.best_epoch = state_dict["wait"], state_dict["best_epoch"]
+        self._watched.best = None if state_dict["best"] is None else float(state_dict["best"])
+        self.wait, self.best_epoch = int(state_dict["wait"]), state_dict["best_epoch"]
         self.best_weights, self.stopped_epoch = state_dict["best_weights"], state_dict["stopped_epoch"]
         if self.stopped_epoch is not None and self.wait < self.patience:  # raised since: the run goes on
             self.stopped_epoch, self.run.stop_training = None, False

@@ -7,11 +7,13 @@ import math
 import os
 import re
 import string
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
 from kerastorch.callbacks.callback import Checkpointer, Logs, Moment, Monitor
-from kerastorch.checkpoint import CheckpointWriter, newest_first
+from kerastorch.checkpoint import CheckpointWriter, newest_first, remove_leftovers
+from kerastorch.device import are_finite
 from kerastorch.errors import check_int, did_you_mean
 
 
@@ -52,22 +54,21 @@ class ModelCheckpoint(Checkpointer):
         keep_best: int | None = None,
         async_save: bool = False,
     ) -> None:
+        super().__init__(save_freq)
         self.filepath = os.fspath(filepath)
         self.monitor = monitor
         self._watched = Monitor(monitor, mode)
         self.verbose, self.save_best_only, self.save_weights_only = verbose, save_best_only, save_weights_only
-        self.save_freq, self.initial_value_threshold = save_freq, initial_value_threshold
+        self.initial_value_threshold = initial_value_threshold
         self.keep_last, self.keep_best, self.async_save = keep_last, keep_best, async_save
         self._fields = {name for _, name, _, _ in string.Formatter().parse(self.filepath) if name is not None}
         self._check_arguments()
         self.chooses = save_best_only or keep_best is not None
         self.writes_resume_points = not save_weights_only
-        self.saves_within_epochs = save_freq != "epoch"
         self.writes_first = self.chooses or save_weights_only
         self.last_path: Path | None = None
         self._written: list[tuple[Path, float]] = []  # files that are kept, and their values, oldest first
-        self._batches_at_save = 0
-        self._saved_at: tuple[int, int] | None = None
+        self._stale: list[tuple[Path, float]] = []  # files that go when the next one is on disk
         self._writer: CheckpointWriter | None = None
 
     @property
@@ -76,12 +77,14 @@ class ModelCheckpoint(Checkpointer):
         return self._watched.best
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
+        super().on_train_begin(logs)
         if self.chooses:
             self._watched.begin(self.run)
             self._watched.best = self.initial_value_threshold
         self._check_template()
-        self._written, self._batches_at_save, self._saved_at, self.last_path = [], 0, None, None
-        path = Path(self.filepath)
+        self._written, self._stale, self.last_path = [], [], None
+        self._check_others()
+        path = Path(self._template())
         if path.is_dir():
             raise IsADirectoryError(f"ModelCheckpoint's filepath {self.filepath!r} is a folder; give a file in it.")
         while "{" in str(path.parent):
@@ -94,33 +97,29 @@ class ModelCheckpoint(Checkpointer):
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"ModelCheckpoint can't write into {str(folder)!r}.")
         self._writer = CheckpointWriter("ModelCheckpoint", path, is_async=self.async_save)
+        pattern = self._pattern()
+        remove_leftovers(folder, lambda name: pattern.fullmatch(str(folder / name)))
 
     def save(self, moment: Moment, logs: Logs) -> None:
         run = self.run
-        position = (run.epochs_done, run.batches_done)
-        if moment == "interrupt":
-            if self.chooses or self.save_weights_only or position == self._saved_at or "loss" not in logs:
-                return
-        elif (moment == "epoch") != (self.save_freq == "epoch"):
+        if (moment == "interrupt" and (self.chooses or self.save_weights_only)) or not self.is_due(moment, logs):
             return
-        elif self.save_freq != "epoch":
-            if run.batches_seen - self._batches_at_save < self.save_freq:
-                return
-            self._batches_at_save = run.batches_seen
         value = math.nan
         if self.chooses:
             read = self._watched.read(logs, run)
-            if read is None or not self._is_wanted(read):
+            if read is None or not self._is_wanted(read) or not are_finite(run.published_state_dict()):
                 return
             value = read
             if self._watched.is_better(value, self._watched.best):
                 self._watched.best = value
         path = self._path(logs, fills_missing=moment == "interrupt")
-        stale = self._keep(path, value)
-        self.last_path, self._saved_at = path, position
+        if any(kept == path and self._watched.is_better(its_value, value) for kept, its_value in self._written):
+            return  # among the best too, but a better one has this name
+        stale = [entry for entry in [*self._stale, *self._keep(path, value)] if entry[0] != path]
+        self._stale = stale
         content = run.published_state_dict() if self.save_weights_only else run.get_content(float(logs["loss"]))
         assert self._writer is not None
-        self._writer.write(path, content, lambda: _delete(stale))
+        self._writer.write(path, content, lambda: self._commit(path, stale))
         if self.verbose:
             print(f"Epoch {run.epoch + 1}: saved {path}")
 
@@ -142,18 +141,23 @@ class ModelCheckpoint(Checkpointer):
 
     def state_dict(self) -> dict[str, Any]:
         return {
+            **super().state_dict(),
             "best": self._watched.best,
             "written": [[str(path), value] for path, value in self._written],
-            "batches_at_save": self._batches_at_save,
-            "last_path": self.last_path and str(self.last_path),
+            "stale": [[str(path), value] for path, value in self._stale],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
         self._watched.best = state_dict["best"]
         pattern = self._pattern()  # what a forged file names elsewhere is not ours to delete
-        self._written = [(Path(path), value) for path, value in state_dict["written"] if pattern.fullmatch(path)]
-        self._batches_at_save = state_dict["batches_at_save"]
-        self.last_path = state_dict["last_path"] and Path(state_dict["last_path"])
+        self._written, self._stale = (
+            [(Path(path), value) for path, value in state_dict[name] if pattern.fullmatch(path)]
+            for name in ("written", "stale")
+        )
+        self.last_path = self._written[-1][0] if self._written else None
+        if self.last_path is not None and self.last_path.exists():  # it was written, and the run died then
+            self._commit(self.last_path, self._stale)
 
     def _is_wanted(self, value: float) -> bool:
         if self.save_best_only or math.isnan(value):
@@ -167,19 +171,25 @@ class ModelCheckpoint(Checkpointer):
         sign = 1 if self._watched.higher_is_better else -1
         return min(self._written, key=lambda entry: sign * entry[1])
 
-    def _keep(self, path: Path, value: float) -> list[Path]:
+    def _keep(self, path: Path, value: float) -> list[tuple[Path, float]]:
         """Note a file that is about to be written; return those that it makes superfluous."""
         self._written = [entry for entry in self._written if entry[0] != path]
-        stale: list[Path] = []
+        stale: list[tuple[Path, float]] = []
         if self.keep_best is not None:
             while len(self._written) >= self.keep_best:
-                stale.append(self._worst()[0])
+                stale.append(self._worst())
                 self._written.remove(self._worst())
         elif self.keep_last is not None:
-            stale = [entry[0] for entry in self._written[: len(self._written) + 1 - self.keep_last]]
+            stale = self._written[: len(self._written) + 1 - self.keep_last]
             self._written = self._written[len(stale) :]
         self._written.append((path, value))
         return stale
+
+    def _commit(self, path: Path, stale: list[tuple[Path, float]]) -> None:
+        self.last_path = path
+        for old, _ in stale:
+            old.unlink(missing_ok=True)
+        self._stale = [entry for entry in self._stale if entry not in stale]
 
     def _path(self, logs: Logs, *, fills_missing: bool = False) -> Path:
         missing = dict.fromkeys(self._fields, math.nan) if fills_missing else {}
@@ -199,20 +209,35 @@ class ModelCheckpoint(Checkpointer):
                 f"{did_you_mean(name, values)} Known: {', '.join(values)}."
             ) from None
 
+    def _template(self) -> str:
+        """Return filepath with its fields' names alone, in which templates that differ in spelling are the same."""
+        fields = string.Formatter().parse(str(Path(self.filepath)))
+        return "".join(text if name is None else f"{text}{{{name}}}" for text, name, _, _ in fields)
+
+    def _check_others(self) -> None:
+        """Refuse another callback's fixed path that this one's template would write too."""
+        for other in self.run.callbacks.checkpointers:
+            if not isinstance(other, ModelCheckpoint) or other._fields or not self._fields:
+                continue
+            if self._pattern().fullmatch(str(Path(other.filepath))):
+                raise ValueError(
+                    f"ModelCheckpoint's filepath {self.filepath!r} would write {other.filepath!r} too, which another "
+                    "callback writes: give them names that differ."
+                )
+
     def _pattern(self) -> re.Pattern[str]:
         """Return what the names of the files look like."""
         parts = []
         for text, name, _, _ in string.Formatter().parse(str(Path(self.filepath))):
             parts.append(re.escape(text))
             if name is not None:
-                parts.append("[ 0-9]+" if name in ("epoch", "batch") else "[^/]+")
+                parts.append("[ 0-9]+" if name in ("epoch", "batch") else r"(?!\.\.?(?:/|$))[^/]+")
         return re.compile("".join(parts))
 
     def _check_arguments(self) -> None:
-        if self.save_freq != "epoch":
-            if isinstance(self.save_freq, str):
-                raise ValueError(f"save_freq must be 'epoch' or a number of batches, got {self.save_freq!r}.")
-            check_int("save_freq", self.save_freq)
+        threshold = self.initial_value_threshold
+        if threshold is not None and (not isinstance(threshold, Real) or math.isnan(threshold)):
+            raise ValueError(f"initial_value_threshold must be a number to beat, got {threshold!r}.")
         for argument, value in (("keep_last", self.keep_last), ("keep_best", self.keep_best)):
             if value is None:
                 continue
@@ -239,8 +264,3 @@ class ModelCheckpoint(Checkpointer):
         if self.save_freq != "epoch" or not is_always_validated:
             names = [name for name in names if not name.startswith("val_")]  # a save would lack them
         self._format({**self._counters(), **dict.fromkeys(names, 0.0)})
-
-
-def _delete(paths: list[Path]) -> None:
-    for path in paths:
-        path.unlink(missing_ok=True)

@@ -5,6 +5,7 @@ Sisters: resumable.py below, which makes loaders that begin inside a pass; sourc
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
@@ -39,14 +40,16 @@ class Passes:
         self._reader = batches  # what is iterated: these batches, or a copy of their loader that keeps its position
         self._count = 0  # of passes begun
         self._start: Mapping[str, Any] = {}  # random states when the running pass began
-        self._workers: dict[int, bytes] = {}  # random states after the last batch of each
+        self._workers: dict[int, bytes | Mapping[str, Any]] = {}  # random states after the last batch of each
         self._resume_from: Mapping[str, Any] | None = None
+        self._held: Any = None  # the state of what keeps its own position, before the batch that was read ahead
 
     @property
     def generators(self) -> list[torch.Generator]:
         """The random generators that the loader and its sampler have of their own."""
         batch_sampler = getattr(self.batches, "batch_sampler", None)
-        holders = (self.batches, getattr(self.batches, "sampler", None), getattr(batch_sampler, "sampler", None))
+        sampler = getattr(self.batches, "sampler", None)
+        holders = (self.batches, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
         return [generator for holder in holders if (generator := getattr(holder, "generator", None)) is not None]
 
     @property
@@ -57,6 +60,9 @@ class Passes:
     def begin(self) -> Iterator[Any]:
         """Return an iterator over a pass."""
         state, self._resume_from = self._resume_from, None
+        self._held = None
+        if self._loader is None or not self._loader.persistent_workers:
+            self._workers = {}  # this pass starts its own
         if state is None:
             self.position, self._start = 0, get_random_state(*self.generators)
             iterator = iter(self._reader)
@@ -65,21 +71,23 @@ class Passes:
         self._count += 1
         return iterator if self._reader is self.batches else self._from_workers(iterator)
 
+    def end(self) -> None:
+        """Note that the pass is over."""
+        self.position, self._held = 0, None
+
     def release(self) -> None:
         """Let go of a copied loader, and with it of its workers."""
         self._reader = self.batches
 
-    def keep_position(self, *, inside: bool) -> None:
-        """Read from now on in such a way that state_dict() tells all that an exact resume needs.
-
-        inside: whether it will be asked for inside a pass; between passes only workers that persist have states.
-        """
-        loader = self._loader
-        if loader is not None and can_be_resumed(loader) and loader.num_workers:
-            self._reader = resumable_loader(loader) if inside or loader.persistent_workers else loader
+    def keep_position(self) -> None:
+        """Read from now on in such a way that state_dict() tells all that an exact resume needs."""
+        if self._loader is not None and can_be_resumed(self._loader) and self._loader.num_workers:
+            self._reader = resumable_loader(self._loader)
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the running pass is, how it began, and the random states of workers and generators."""
+        if self._resume_from is not None:
+            return dict(self._resume_from)
         persists = self._loader is not None and self._loader.persistent_workers
         state: dict[str, Any] = {
             "batches": self.position,
@@ -87,18 +95,26 @@ class Passes:
             "generators": [generator.get_state() for generator in self.generators],
         }
         if self.position or persists:
-            state["workers"] = {worker: decode(random_state) for worker, random_state in self._workers.items()}
+            states = self._workers.items()
+            state["workers"] = {worker: decode(one) if isinstance(one, bytes) else one for worker, one in states}
         if self.position:
             state["start"] = self._start
             state["keeps_workers"] = persists and self._count > 1
-            if self._stateful is not None:
-                state["loader"] = self._stateful.state_dict()
+        stateful = self._stateful
+        if stateful is not None and (self.position or stateful is not self.batches):
+            state["loader"] = stateful.state_dict() if self._held is None else self._held
         return state
+
+    def hold(self) -> None:
+        """Note where a loader or dataset that keeps its own position stands, before a batch is read ahead."""
+        self._held = None if self._stateful is None else copy.deepcopy(self._stateful.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next pass begin where state_dict() stood; random states now are those to go on with."""
         for generator, generator_state in zip(self.generators, state["generators"], strict=False):
             generator.set_state(generator_state)
+        if "loader" in state and not state["batches"] and self._stateful is not None:
+            self._stateful.load_state_dict(state["loader"])
         self._resume_from = state if state["batches"] or state.get("workers") else None
 
     @property
@@ -154,15 +170,17 @@ class Passes:
                 stacklevel=2,
             )
             workers = {}
-        self._reader = reader = resumable_loader(loader)
+        blanks = skip % loader.num_workers if loader.num_workers else 0
+        self._reader = reader = resumable_loader(loader, blanks=blanks)
         sampler = cast(ResumableSampler, reader.batch_sampler)
         # Workers that persist are not started anew by a later pass; here they are, and that draws a seed.
         keeps_workers = state.get("keeps_workers", True)
-        blanks = skip % loader.num_workers if loader.num_workers else 0
-        sampler.position = Position(skip, self._start if keeps_workers else None, now, self.generators, blanks)
+        start = self._start if keeps_workers else None
+        sampler.position = Position(skip, start, now, self.generators, blanks, prefetches=loader.num_workers > 0)
         if loader.num_workers == 0:
             return iter(reader)
         self._count = max(self._count, int(keeps_workers))
+        self._workers = dict(workers)
         init = cast(RestoringInit, reader.worker_init_fn)
         init.random_states = workers
         iterator = iter(reader)

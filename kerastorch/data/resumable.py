@@ -6,16 +6,16 @@ source.py above.
 
 from __future__ import annotations
 
+import os
 import pickle
 import random
-import signal
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from kerastorch.data.arrays import rebuild_loader
 from kerastorch.device import set_cpu_random_state, set_random_state
@@ -38,17 +38,18 @@ def can_be_resumed(loader: object) -> bool:
     )
 
 
-def resumable_loader(loader: DataLoader[Any]) -> DataLoader[Any]:
+def resumable_loader(loader: DataLoader[Any], *, blanks: int = 0) -> DataLoader[Any]:
     """Return a DataLoader of the same batches, in the same order, from the same random draws.
 
     Its batch_sampler is a ResumableSampler. With workers its batches are WorkerBatches.
+    blanks: how many empty batches its first pass is to begin with.
     """
-    sampler = ResumableSampler(loader.batch_sampler)
+    sampler, dataset = ResumableSampler(loader.batch_sampler), loader.dataset
     if loader.num_workers == 0:
-        return rebuild_loader(loader, loader.dataset, batch_sampler=sampler)
+        return rebuild_loader(loader, dataset, batch_sampler=sampler)
     return rebuild_loader(
         loader,
-        loader.dataset,
+        BlanksDataset(dataset) if blanks and hasattr(dataset, "__getitems__") else dataset,
         batch_sampler=sampler,
         collate_fn=StatefulCollate(loader.collate_fn),
         worker_init_fn=RestoringInit(loader.worker_init_fn),
@@ -60,7 +61,9 @@ class Position:
     """Where a pass is taken up again.
 
     skip: batches that were seen.   start: random states to begin the order with, or None: those that it meets.
-    now: random states after those batches.   blanks: empty batches first, so that the next one meets its own worker.
+    now: random states after those batches.   generators: the loader's and sampler's own.
+    blanks: empty batches first, so that the next one meets its own worker.
+    prefetches: whether index lists are drawn ahead: the generators' states of now are then beyond those batches.
     """
 
     skip: int
@@ -68,6 +71,7 @@ class Position:
     now: Mapping[str, Any]
     generators: list[torch.Generator]
     blanks: int = 0
+    prefetches: bool = False
 
 
 class ResumableSampler:
@@ -81,15 +85,23 @@ class ResumableSampler:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[list[int]]:
+        lists = iter(self.sampler)  # now, since it may draw: a loader with workers does so twice, and reads the second
+        return lists if self.position is None else self._rest(lists)
+
+    def _rest(self, lists: Iterator[list[int]]) -> Iterator[list[int]]:
         position, self.position = self.position, None
-        if position is not None and position.start is not None:
+        assert position is not None
+        if position.start is not None:
             set_random_state(position.start, *position.generators)
-        lists = iter(self.sampler)
-        if position is not None:
-            _skip(lists, position.skip, type(getattr(self.sampler, "sampler", self.sampler)).__name__)
-            set_random_state(position.now, *position.generators)
-            for _ in range(position.blanks):
-                yield []
+            lists = iter(self.sampler)
+        _skip(lists, position.skip, type(getattr(self.sampler, "sampler", self.sampler)).__name__)
+        replayed = [generator.get_state() for generator in position.generators]
+        set_random_state(position.now, *position.generators)
+        if position.prefetches:
+            for generator, state in zip(position.generators, replayed, strict=True):
+                generator.set_state(state)
+        for _ in range(position.blanks):
+            yield []
         yield from lists
 
 
@@ -105,6 +117,27 @@ def _skip(lists: Iterator[list[int]], count: int, name: str) -> None:
             "order of the resumed epoch is another. Give the sampler a generator of its own.",
             stacklevel=2,
         )
+
+
+class BlanksDataset(Dataset[Any]):
+    """A dataset whose __getitems__, which takes a batch of indices, is never asked for none."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: list[Any]) -> Any:
+        return self.dataset.__getitems__(indices) if indices else []
+
+    def __getattr__(self, name: str) -> Any:  # a worker_init_fn may look at its worker's dataset
+        if name == "dataset":  # not there yet while it is unpickled
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
 
 
 class StatefulCollate:
@@ -141,23 +174,20 @@ def decode(random_state: bytes) -> dict[str, Any]:
 class RestoringInit:
     """Calls the loader's worker_init_fn, then sets the worker's random states; a class, so that workers can pickle it.
 
-    The workers leave Ctrl-C and SIGTERM to the main process, which may need one more batch to reach a full step.
+    The workers leave the terminal's process group: Ctrl-C and SIGTERM to the group are for the main process, which may
+    need one more batch to reach a full step.
     """
 
     init: Callable[[int], None] | None
     random_states: dict[int, Mapping[str, Any]] = field(default_factory=dict)
 
     def __call__(self, worker: int) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, _stay_once)
+        if hasattr(os, "setpgid"):
+            os.setpgid(0, 0)
         if self.init is not None:
             self.init(worker)
         if worker in self.random_states:
             set_cpu_random_state(self.random_states[worker])
-
-
-def _stay_once(signum: int, frame: object) -> None:
-    signal.signal(signum, signal.SIG_DFL)
 
 
 def skip_by_reading(batches: Iterable[Any], count: int, name: str) -> Iterator[Any]:

@@ -87,27 +87,28 @@ class BatchSource:
 
     # ---- position ----
 
-    def keep_position(self, *, inside: bool = True) -> None:
-        """Read from now on in such a way that state_dict() tells all that an exact resume needs; see Passes."""
-        self._passes.keep_position(inside=inside)
+    def keep_position(self) -> None:
+        """Read from now on in such a way that state_dict() tells all that an exact resume needs."""
+        self._passes.keep_position()
 
     def state_dict(self) -> dict[str, Any]:
         """Return how far the running pass is, how it began, and the random states of workers and generators."""
         return {"num_batches": self.num_batches, **self._passes.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next pass begin where state_dict() stood; random states now are those to go on with.
-
-        Raises ValueError where the data has another number of batches than the pass that is to go on.
-        """
-        if state["batches"] and state["num_batches"] != self.num_batches:
-            raise ValueError(
-                f"the checkpoint stands after {state['batches']} of {state['num_batches']} batches of an epoch, but "
-                f"{self.name} now has {self.num_batches}: give the data and batch_size of that run, or resume from a "
-                "checkpoint of an epoch's end."
-            )
+        """Let the next pass begin where state_dict() stood; random states now are those to go on with."""
         self._iterator = None
         self._passes.load_state_dict(state)
+
+    def find_misfit(self, state: Mapping[str, Any]) -> str | None:
+        """Return what is wrong where the data has another number of batches than the pass that is to go on."""
+        count = state.get("num_batches")
+        if state["batches"] and (count != self.num_batches or state["batches"] > (count or math.inf)):
+            return (
+                f"it stands after {state['batches']} of {count!s:.20} batches of an epoch, but {self.name} now has "
+                f"{self.num_batches}; give the data and batch_size of that run, or a checkpoint of an epoch's end"
+            )
+        return None
 
     # ---- passes ----
 
@@ -133,7 +134,7 @@ class BatchSource:
         count, total = done, self.num_batches
         iterator = self._passes.begin()
         if total is None and look_ahead:
-            batches: Iterable[tuple[Any, bool]] = _with_last(iterator, clones=self._converts)
+            batches: Iterable[tuple[Any, bool]] = _with_last(iterator, self._passes.hold, clones=self._converts)
         else:
             batches = ((batch, False) for batch in iterator)
         try:
@@ -146,7 +147,7 @@ class BatchSource:
                 if count == limit:
                     return
         finally:
-            self._passes.position = 0
+            self._passes.end()
         if count == 0:
             used_up = "; an iterator can be read only once" if self.is_one_shot else ""
             raise ValueError(f"{self.name} gave no batches{used_up}.")
@@ -286,16 +287,18 @@ def _length(batches: Iterable[Any]) -> int | None:
         return None
 
 
-def _with_last(batches: Iterable[Any], *, clones: bool) -> Iterator[tuple[Any, bool]]:
-    """Yield each batch, one late, and whether it is the last; clones: an opaque iterable may use its buffer again."""
-    held: Any = None
-    has_held = False
-    for batch in batches:
-        if has_held:
-            yield held, False
-        held, has_held = map_nested(_clone, batch) if clones else batch, True
-    if has_held:
-        yield held, True
+def _with_last(iterator: Iterator[Any], hold: Callable[[], None], *, clones: bool) -> Iterator[tuple[Any, bool]]:
+    """Yield each batch, one late, and whether it is the last.
+
+    hold: called before a batch is read ahead.   clones: an opaque iterable may use its buffer again.
+    """
+    nothing = object()
+    batch = next(iterator, nothing)
+    while batch is not nothing:
+        held = map_nested(_clone, batch) if clones else batch
+        hold()
+        batch = next(iterator, nothing)
+        yield held, batch is nothing
 
 
 def _clone(leaf: Any) -> Any:

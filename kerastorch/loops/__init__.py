@@ -5,13 +5,15 @@ The base is loop.py; script_loop.py, function_loop.py and class_loop.py show the
 
 from __future__ import annotations
 
+import inspect
+
 from kerastorch.errors import look_up
 from kerastorch.loops.class_loop import ClassLoop
 from kerastorch.loops.function_loop import FunctionLoop, eval_step, train_step
 from kerastorch.loops.loop import Loop
 from kerastorch.loops.script_loop import ScriptLoop
 
-__all__ = ["LOOPS", "ClassLoop", "FunctionLoop", "Loop", "ScriptLoop", "is_own_loop", "make_loop"]
+__all__ = ["LOOPS", "ClassLoop", "FunctionLoop", "Loop", "ScriptLoop", "has_own_train_step", "is_own_loop", "make_loop"]
 
 LOOPS: dict[str, type[Loop]] = {"script": ScriptLoop, "function": FunctionLoop, "class": ClassLoop}
 
@@ -23,15 +25,66 @@ def is_own_loop(loop: Loop) -> bool:
     return type(loop) not in LOOPS.values()
 
 
+_STEPS = {  # what each method takes after self; a FunctionLoop's functions take run first
+    "fit": ["run"],
+    "evaluate": ["run"],
+    "predict": ["run"],
+    "train_epoch": [],
+    "train_step": ["x", "y", "sample_weight"],
+    "eval_step": ["x", "y", "sample_weight"],
+    "predict_step": ["x"],
+}
+
+
+def has_own_train_step(loop: Loop) -> bool:
+    """Whether the updates are the user's own."""
+    if isinstance(loop, FunctionLoop):
+        return loop.train_step is not train_step or type(loop).fit is not FunctionLoop.fit
+    if isinstance(loop, ClassLoop):
+        cls = type(loop)
+        own, base = (
+            (cls.train_step, cls.train_epoch, cls.fit),
+            (ClassLoop.train_step, ClassLoop.train_epoch, ClassLoop.fit),
+        )
+        return own != base
+    return type(loop) not in LOOPS.values()
+
+
 def make_loop(loop: str | type[Loop] | Loop) -> Loop:
     """Return the loop for a name, a class or an object.
 
-    Raises ValueError for an unknown name, naming the nearest, and TypeError for anything else.
+    Raises ValueError for an unknown name, naming the nearest, and TypeError for a step of another signature and for
+    anything else.
     """
     if isinstance(loop, str):
         return look_up("loop", loop, LOOPS)()
     if isinstance(loop, type) and issubclass(loop, Loop):
-        return loop()
+        loop = loop()
     if isinstance(loop, Loop):
+        _check_signatures(loop)
         return loop
     raise TypeError(f"loop must be a name ({', '.join(LOOPS)}), a Loop class or a Loop object, got {loop!r}.")
+
+
+def _check_signatures(loop: Loop) -> None:
+    calls_steps = isinstance(loop, (ClassLoop, FunctionLoop))
+    for name, arguments in _STEPS.items():
+        if not hasattr(loop, name) or (name not in ("fit", "evaluate", "predict") and not calls_steps):
+            continue
+        step = getattr(loop, name)
+        if isinstance(loop, FunctionLoop) and name.endswith("_step"):
+            arguments = ["run", *arguments]
+            if name in vars(type(loop)):
+                raise TypeError(
+                    f"{type(loop).__name__}.{name} is never called: a FunctionLoop takes functions, {name}=f."
+                )
+        expected = f"{name}({', '.join(arguments)})"
+        if not callable(step):
+            raise TypeError(f"{type(loop).__name__}.{name} must be a function, {expected}, got {step!r}.")
+        try:
+            signature = inspect.signature(step)
+            signature.bind(*arguments)
+        except TypeError:
+            raise TypeError(f"{type(loop).__name__} calls {expected}, but its {name} takes {signature}.") from None
+        except ValueError:  # a builtin without one
+            continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kerastorch.losses import Loss
@@ -32,6 +32,10 @@ class Loop(ABC):
         """Let go of the call's Run, and with it of the data."""
         for name in ("run", "net", "loss_fn", "optimizer"):
             vars(self).pop(name, None)
+
+    def log(self, **values: Tensor | float) -> None:
+        """Average scalars of a step into the logs; see Run.log."""
+        self.run.log(**values)
 
     @abstractmethod
     def fit(self, run: Run) -> None:

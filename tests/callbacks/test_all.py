@@ -22,7 +22,7 @@ ARGUMENTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "EarlyStopping": lambda folder: {"patience": 3},
     "LearningRateScheduler": lambda folder: {"schedule": lambda epoch, lr: lr / 2},
     "ModelCheckpoint": lambda folder: {"filepath": folder / "checkpoint.pt"},
-    "SWA": lambda folder: {"start_epoch": 1},
+    "SWA": lambda folder: {"start_epoch": 0},
     "TensorBoard": lambda folder: {"log_dir": folder / "logs"},
 }
 X, Y = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.zeros(4, 1)

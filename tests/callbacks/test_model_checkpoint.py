@@ -3,6 +3,8 @@
 import math
 import os
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -393,3 +395,465 @@ def test_verbose_prints_each_save(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_it_is_silent_by_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run([1.0, 2.0], ModelCheckpoint(tmp_path / "{epoch}.pt"))
     assert capsys.readouterr().out == ""
+
+
+# ---- inside an epoch ----
+
+
+def fit_batches(*callbacks: kt.Callback, rows: int = 5, epochs: int = 2, model: Any = None, **arguments: Any) -> Any:
+    """Fit batches of one row."""
+    x = torch.arange(float(rows)).reshape(rows, 1)
+    model = model or make_model()
+    return model.fit(x, x * 0, batch_size=1, epochs=epochs, shuffle=False, callbacks=callbacks, verbose=0, **arguments)
+
+
+def test_int_save_freq_counts_batches_across_epochs_as_keras_does(tmp_path: Path) -> None:
+    fit_batches(ModelCheckpoint(tmp_path / "{epoch}-{batch}.pt", save_freq=3), epochs=3)
+    assert names(tmp_path) == ["1-3.pt", "2-1.pt", "2-4.pt", "3-2.pt", "3-5.pt"]
+    assert [load(tmp_path / name)["epoch"] for name in names(tmp_path)] == [-1, 0, 0, 1, 1]
+
+
+def test_int_save_freq_beyond_an_epoch_writes_only_every_so_many_batches(tmp_path: Path) -> None:
+    fit_batches(ModelCheckpoint(tmp_path / "{epoch}-{batch}.pt", save_freq=7), epochs=3)
+    assert names(tmp_path) == ["2-2.pt", "3-4.pt"]
+
+
+def test_int_save_freq_counts_anew_with_each_fit(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "{epoch}-{batch}.pt", save_freq=4)
+    fit_batches(checkpoint, epochs=1)
+    (tmp_path / "1-4.pt").unlink()
+    fit_batches(checkpoint, epochs=1)
+    assert names(tmp_path) == ["1-4.pt"]
+
+
+def test_int_save_freq_waits_for_the_optimizer_step_under_accumulation(tmp_path: Path) -> None:
+    model = make_model()
+    model.compile("mse", "sgd", gradient_accumulation_steps=2)  # steps after batches 2, 4 and 5
+    fit_batches(ModelCheckpoint(tmp_path / "{epoch}-{batch}.pt", save_freq=3), model=model)
+    assert names(tmp_path) == ["1-4.pt", "2-2.pt", "2-5.pt"]
+
+
+def test_int_save_freq_has_the_running_average_in_file_and_name(tmp_path: Path) -> None:
+    fit_batches(ModelCheckpoint(tmp_path / "{batch}-{loss:.6f}.pt", save_freq=2), epochs=1)
+    net, losses = nn.Linear(1, 1), []
+    net.load_state_dict(make_model().net.state_dict())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
+    for i in range(2):
+        loss = nn.functional.mse_loss(net(torch.tensor([[float(i)]])), torch.zeros(1, 1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    mean = sum(losses) / 2
+    assert names(tmp_path)[0] == f"2-{mean:.6f}.pt"
+    content = load(tmp_path / names(tmp_path)[0])
+    assert content["loss"] == pytest.approx(mean)
+    assert torch.equal(content["model_state_dict"]["weight"], net.weight)
+
+
+def test_int_save_freq_with_save_best_only_goes_by_the_running_loss(tmp_path: Path) -> None:
+    seen: list[float] = []
+    note = LambdaCallback(on_train_batch_end=lambda batch, logs: seen.append(float(logs["loss"])))
+    checkpoint = ModelCheckpoint(
+        tmp_path / "{epoch}-{batch}.pt", monitor="loss", mode="max", save_best_only=True, save_freq=2
+    )
+    fit_batches(note, checkpoint)
+    expected, best = [], -math.inf
+    for i in range(1, 10, 2):  # after batches 2, 4, ... 10
+        if seen[i] > best:
+            best = seen[i]
+            expected.append(f"{i // 5 + 1}-{i % 5 + 1}.pt")
+    assert names(tmp_path) == sorted(expected)
+    assert checkpoint.best == best
+    assert 1 < len(expected) < 5
+
+
+def test_int_save_freq_with_a_val_monitor_is_refused_when_made(tmp_path: Path) -> None:
+    for choice in ({"save_best_only": True}, {"keep_best": 1}):
+        with pytest.raises(ValueError, match=r"save_freq=2 writes inside an epoch, where monitor='val_loss'"):
+            ModelCheckpoint(tmp_path / "a.pt", save_freq=2, **choice)
+    ModelCheckpoint(tmp_path / "a.pt", save_freq=2)  # which chooses nothing
+
+
+def test_val_loss_or_batch_in_the_template_is_refused_where_the_save_does_not_know_it(tmp_path: Path) -> None:
+    refused(make_model(), ModelCheckpoint(tmp_path / "{val_loss}.pt", save_freq=2), KeyError, "names 'val_loss'")
+    refused(make_model(), ModelCheckpoint(tmp_path / "{batch}.pt"), KeyError, "names 'batch'")
+
+
+def test_keep_last_counts_files_inside_epochs_too(tmp_path: Path) -> None:
+    fit_batches(ModelCheckpoint(tmp_path / "{epoch}-{batch}.pt", save_freq=2, keep_last=2))
+    assert names(tmp_path) == ["2-3.pt", "2-5.pt"]
+
+
+# ---- which files stay ----
+
+
+class Watch(kt.Callback):
+    """Notes the folder's files at each epoch's begin, when those of the epoch before are written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seen = folder, list[list[str]]()
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        self.seen.append(sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*.pt")))
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.on_epoch_begin(0)
+
+
+def test_keep_last_keeps_the_newest(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
+    fit(make_model(), watch, ModelCheckpoint(tmp_path / "{epoch}.pt", keep_last=2), epochs=4)
+    assert watch.seen == [[], ["1.pt"], ["1.pt", "2.pt"], ["2.pt", "3.pt"], ["3.pt", "4.pt"]]
+
+
+def test_keep_last_of_the_best_keeps_the_newest_of_them(tmp_path: Path) -> None:
+    run([5.0, 4.0, 9.0, 3.0, 9.0], ModelCheckpoint(tmp_path / "{epoch}.pt", save_best_only=True, keep_last=2))
+    assert names(tmp_path) == ["2.pt", "4.pt"]
+
+
+def test_keep_last_1_takes_one_name_as_well(tmp_path: Path) -> None:
+    run([1.0, 2.0], ModelCheckpoint(tmp_path / "a.pt", keep_last=1))
+    assert names(tmp_path) == ["a.pt"]
+
+
+def test_keep_last_with_folders_per_epoch_keeps_the_newest(tmp_path: Path) -> None:
+    watch = Watch(tmp_path)
+    fit(make_model(), watch, ModelCheckpoint(tmp_path / "run" / "{epoch}" / "net.pt", keep_last=1), epochs=3)
+    assert watch.seen[-1] == [os.path.join("run", "3", "net.pt")]
+
+
+def test_keep_best_keeps_the_best_k(tmp_path: Path) -> None:
+    run([3.0, 1.0, 2.0, 5.0, 0.0], ModelCheckpoint(tmp_path / "{epoch}.pt", keep_best=2))
+    assert names(tmp_path) == ["2.pt", "5.pt"]
+
+
+SCRIPT = [3.0, NAN, 3.0, 1.0, 2.0, 2.0, NAN, 9.0, 1.0, 0.5, math.inf, 0.5, 7.0, 9.0, -math.inf, NAN, 0.25, 0.25]
+
+
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_keep_best_has_after_every_epoch_the_best_k_values_with_nan_ties_and_infinities(
+    tmp_path: Path, mode: Any
+) -> None:
+    watch = Watch(tmp_path)
+    checkpoints = [
+        ModelCheckpoint(tmp_path / str(k) / "{epoch}.pt", keep_best=k, mode=mode, save_weights_only=True)
+        for k in (1, 2, 3, 50)
+    ]
+    fit(make_model(), Script(SCRIPT), watch, *checkpoints, epochs=len(SCRIPT))
+    for epochs, seen in enumerate(watch.seen):
+        values = [value for value in SCRIPT[:epochs] if not math.isnan(value)]
+        for k in (1, 2, 3, 50):
+            files = [Path(name).stem for name in seen if Path(name).parent.name == str(k)]
+            kept = [SCRIPT[int(number) - 1] for number in files]
+            assert sorted(kept) == sorted(sorted(values, reverse=mode == "max")[:k]), (epochs, k)
+
+
+def test_keep_best_writes_nothing_for_a_tie_with_the_worst_that_is_kept(tmp_path: Path) -> None:
+    run([1.0, 1.0, 1.0], ModelCheckpoint(tmp_path / "{epoch}.pt", keep_best=2))
+    assert names(tmp_path) == ["1.pt", "2.pt"]
+
+
+def test_keep_best_keeps_fewer_where_fewer_were_good(tmp_path: Path) -> None:
+    run([NAN, 2.0, NAN], ModelCheckpoint(tmp_path / "{epoch}.pt", keep_best=3))
+    assert names(tmp_path) == ["2.pt"]
+
+
+def test_keep_best_never_replaces_a_better_file_by_a_worse_of_the_same_name(tmp_path: Path) -> None:
+    run([1.2, 1.4], ModelCheckpoint(tmp_path / "{val_loss:.0f}.pt", keep_best=2))
+    assert load(tmp_path / "1.pt")["epoch"] == 0
+
+
+def test_initial_value_threshold_must_be_beaten(tmp_path: Path) -> None:
+    values = [3.0, 2.0, 1.5, 1.0]
+    for i, choice in enumerate(({"save_best_only": True}, {"keep_best": 3})):
+        checkpoint = ModelCheckpoint(tmp_path / str(i) / "{epoch}.pt", initial_value_threshold=2.0, **choice)
+        run(values, checkpoint)
+        assert names(tmp_path / str(i)) == ["3.pt", "4.pt"]
+        assert checkpoint.best == 1.0
+        run([3.0], checkpoint)
+        assert checkpoint.best == 2.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"save_freq": "batch"}, r"save_freq must be 'epoch' or a number of batches, got 'batch'"),
+        ({"save_freq": 0}, r"save_freq"),
+        ({"save_freq": -1}, r"save_freq"),
+        ({"save_freq": 2.5}, r"save_freq"),
+        ({"save_freq": True}, r"save_freq"),
+        ({"save_freq": None}, r"save_freq"),
+        ({"keep_last": 0}, r"keep_last"),
+        ({"keep_last": 1.5}, r"keep_last"),
+        ({"keep_best": 0}, r"keep_best"),
+        ({"keep_best": True}, r"keep_best"),
+        ({"keep_best": 2, "keep_last": 2}, r"keep_best and keep_last choose differently"),
+        ({"keep_best": 2, "save_best_only": True}, r"keep_best and save_best_only choose differently"),
+        ({"initial_value_threshold": NAN, "save_best_only": True}, r"initial_value_threshold"),
+        ({"initial_value_threshold": "1", "save_best_only": True}, r"initial_value_threshold"),
+    ],
+)
+def test_wrong_arguments_are_refused_when_made(tmp_path: Path, arguments: Any, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        ModelCheckpoint(tmp_path / "{epoch}.pt", **arguments)
+
+
+def test_several_files_need_names_that_differ(tmp_path: Path) -> None:
+    for arguments in ({"keep_last": 2}, {"keep_best": 2}):
+        with pytest.raises(ValueError, match=r"=2 needs names that differ: put \{epoch\} into filepath"):
+            ModelCheckpoint(tmp_path / "a.pt", **arguments)
+
+
+def test_rotation_deletes_only_files_of_this_fit(tmp_path: Path) -> None:
+    fit(make_model(), ModelCheckpoint(tmp_path / "{epoch}.pt"), epochs=5)
+    for name in ("0.pt", "best.pt", "1.pt.bak", "notes.txt"):
+        (tmp_path / name).write_text("mine")
+    fit(make_model(), ModelCheckpoint(tmp_path / "{epoch}.pt", keep_last=1), epochs=3)
+    assert names(tmp_path) == ["0.pt", "1.pt.bak", "3.pt", "4.pt", "5.pt", "best.pt", "notes.txt"]
+
+
+def test_rotation_deletes_only_files_of_this_fit_with_one_callback_in_two_fits(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "{epoch}.pt", keep_last=1)
+    fit(make_model(), checkpoint, epochs=2)
+    fit(make_model(), checkpoint, initial_epoch=2, epochs=4)
+    assert names(tmp_path) == ["2.pt", "4.pt"]
+
+
+class Crash(Exception):
+    pass
+
+
+def crash_at(epoch: int) -> LambdaCallback:
+    def crash(now: int, logs: Any) -> None:
+        if now == epoch:
+            raise Crash
+
+    return LambdaCallback(on_epoch_begin=crash)
+
+
+@pytest.mark.parametrize(
+    "spelling", ["{folder}/{{epoch}}.pt", "./{{epoch}}.pt", "{{epoch}}.pt", "{folder}//{{epoch}}.pt"]
+)
+@pytest.mark.parametrize("choice", ["keep_last", "keep_best"])
+def test_rotation_goes_on_after_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, spelling: str, choice: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0.pt").write_bytes(b"not of this fit")
+    filepath = spelling.format(folder=tmp_path)
+    values = [3.0, 1.0, 2.0, 2.5, 0.5]
+    with pytest.raises(Crash):
+        fit(make_model(), Script(values), crash_at(3), ModelCheckpoint(filepath, **{choice: 2}), epochs=5)
+    assert names(tmp_path) == ["0.pt", "2.pt", "3.pt"]
+    os.utime(tmp_path / "0.pt", (0, 0))
+    history = fit(make_model(), Script(values), ModelCheckpoint(filepath, **{choice: 2}), epochs=5, resume=True)
+    assert history.epoch == [0, 1, 2, 3, 4]
+    assert names(tmp_path) == (["0.pt", "4.pt", "5.pt"] if choice == "keep_last" else ["0.pt", "2.pt", "5.pt"])
+
+
+def test_best_goes_on_after_a_resume(tmp_path: Path) -> None:
+    def checkpoint() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / "best-{epoch}.pt", save_best_only=True)
+
+    values = [1.0, 2.0, 1.5, 0.5]
+    last = ModelCheckpoint(tmp_path / "last.pt")
+    with pytest.raises(Crash):
+        fit(make_model(), Script(values), crash_at(2), checkpoint(), last, epochs=4)
+    fit(make_model(), Script(values), checkpoint(), last, epochs=4, resume=tmp_path / "last.pt")
+    assert names(tmp_path) == ["best-1.pt", "best-4.pt", "last.pt"]
+
+
+def test_names_with_braces_and_brackets_are_found_again(tmp_path: Path) -> None:
+    folder = tmp_path / "[a]*"
+    for name, expected in (("{{x}}-{epoch}.pt", "{x}-2.pt"), ("{{x}}.pt", "{x}.pt")):
+        checkpoint = ModelCheckpoint(folder / name)
+        fit(make_model(), checkpoint, epochs=2)
+        assert (folder / expected).is_file()
+        assert checkpoint.files()[0] == folder / expected
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("template", ["{epoch}.pt", "{loss:.2f}/net.pt", "net.pt"])
+def test_paths_that_a_forged_file_lists_as_written_are_never_deleted(tmp_path: Path, template: str) -> None:
+    runs = tmp_path / "runs"
+    outside = [tmp_path / "net.pt", tmp_path / "other" / "1.pt", runs / "notes.txt", runs / "1.pt.txt"]
+    forged = [*map(str, outside), str(runs / ".." / "net.pt"), str(runs / ".." / "other" / "1.pt"), "../other/1.pt"]
+    for epochs in (1, 2):
+        checkpoint = ModelCheckpoint(runs / template, keep_last=1)
+        fit(make_model(), checkpoint, epochs=epochs, resume=tmp_path / "forged.pt" if epochs == 2 else None)
+        if epochs == 1:
+            assert checkpoint.last_path is not None
+            content = load(checkpoint.last_path)
+            content["checkpointers"]["ModelCheckpoint"]["written"] = [[name, NAN] for name in forged]
+            content["checkpointers"]["ModelCheckpoint"]["last_path"] = forged[0]
+            torch.save(content, tmp_path / "forged.pt")
+            for path in outside:
+                path.parent.mkdir(exist_ok=True)
+                path.write_text("precious")
+    assert [path.read_text() for path in outside] == ["precious"] * len(outside)
+
+
+# ---- in a thread ----
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and (one == other or one != one)
+
+
+def make_larger_model() -> kt.Model:
+    torch.manual_seed(0)
+    tied = nn.Linear(4, 4)
+    model = kt.Model(
+        nn.Sequential(nn.Linear(1, 4), nn.BatchNorm1d(4), tied, nn.Dropout(0.5), tied, nn.Linear(4, 1)), device="cpu"
+    )
+    model.compile("mse", "adam", ["mae"], lr_scheduler="cosine")
+    return model
+
+
+class Gate(kt.Callback):
+    """Holds each write in a thread until a batch later, when weights and moments have moved on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.open, self.held = threading.Event(), 0
+        save = torch.save
+
+        def save_later(content: Any, file: Any) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                self.held += 1
+                assert self.open.wait(10)
+                self.open.clear()
+            save(content, file)
+
+        monkeypatch.setattr(torch, "save", save_later)
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        if batch % 2 == 0:
+            self.open.set()
+
+    def on_train_end(self, logs: Any = None) -> None:
+        self.open.set()
+
+
+@pytest.mark.parametrize("save_freq", ["epoch", 2])
+def test_async_save_writes_the_moment_of_the_save_though_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_freq: Any
+) -> None:
+    name = "{epoch}.pt" if save_freq == "epoch" else "{epoch}-{batch}.pt"
+    x = torch.arange(8.0).reshape(8, 1)
+    for kind in ("sync", "async"):
+        is_async = kind == "async"
+        checkpoint = ModelCheckpoint(tmp_path / kind / name, save_freq=save_freq, async_save=is_async)
+        callbacks: list[kt.Callback] = [checkpoint]
+        if is_async:
+            gate = Gate(monkeypatch)
+            callbacks.insert(0, gate)
+        make_larger_model().fit(x, x, batch_size=2, epochs=3, callbacks=callbacks, verbose=0)
+    files = names(tmp_path / "sync")
+    assert names(tmp_path / "async") == files
+    assert len(files) == (3 if save_freq == "epoch" else 6) == gate.held
+    for file in files:
+        one, other = load(tmp_path / "sync" / file), load(tmp_path / "async" / file)
+        for content in (one, other):
+            for state in content["checkpointers"].values():
+                state["written"] = state["last_path"] = None  # other folders
+            assert content["run"].pop("history") is not None  # with times
+        assert same(one, other), file
+
+
+def test_async_save_keeps_the_versions_of_modules_in_the_state_dict(tmp_path: Path) -> None:
+    found = []
+    for is_async in (False, True):
+        fit(make_larger_model(), ModelCheckpoint(tmp_path / "a.pt", async_save=is_async))
+        found.append(getattr(load(tmp_path / "a.pt")["model_state_dict"], "_metadata", None))
+    assert found[0]["1"] == {"version": 2}
+    assert found[1] == found[0]
+
+
+def test_async_save_keeps_tied_weights_tied(tmp_path: Path) -> None:
+    fit(make_larger_model(), ModelCheckpoint(tmp_path / "a.pt", async_save=True))
+    weights = load(tmp_path / "a.pt")["model_state_dict"]
+    assert weights["2.weight"].data_ptr() == weights["4.weight"].data_ptr()
+
+
+def test_async_save_rotates_and_leaves_no_temporary(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "{epoch}.pt", keep_last=2, async_save=True)
+    fit(make_model(), checkpoint, epochs=5)
+    assert names(tmp_path) == ["4.pt", "5.pt"]
+    assert checkpoint.last_path == tmp_path / "5.pt"
+
+
+class FailingSave:
+    """torch.save that fails at the given calls, half way."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *at: int) -> None:
+        self.calls, self.at, self.save = 0, at, torch.save
+        monkeypatch.setattr(torch, "save", self)
+
+    def __call__(self, content: Any, file: Any) -> None:
+        self.calls += 1
+        if self.calls in self.at:
+            file.write(b"half")
+            raise OSError(28, "No space left on device")
+        self.save(content, file)
+
+
+def test_a_failing_async_write_comes_out_at_the_next_save_and_deletes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FailingSave(monkeypatch, 2)
+    watch = Watch(tmp_path)
+    with pytest.raises(OSError, match=r"2\.pt' could not be written: No space left.*1\.pt' of before is still whole"):
+        fit(make_model(), watch, ModelCheckpoint(tmp_path / "{epoch}.pt", keep_last=1, async_save=True), epochs=9)
+    assert names(tmp_path) == ["1.pt"]
+    assert len(watch.seen) == 3
+
+
+def test_a_failing_last_async_write_comes_out_of_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    FailingSave(monkeypatch, 2)
+    with pytest.raises(OSError, match=r"2\.pt' could not be written: No space left"):
+        fit(make_model(), ModelCheckpoint(tmp_path / "{epoch}.pt", async_save=True), epochs=2)
+    assert names(tmp_path) == ["1.pt"]
+
+
+def test_a_file_being_written_is_whole_when_fit_ends_with_an_exception(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = torch.save
+
+    def save_slowly(content: Any, file: Any) -> None:
+        time.sleep(0.3)
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", save_slowly)
+    with pytest.raises(Crash):
+        fit(make_model(), ModelCheckpoint(tmp_path / "a.pt", async_save=True), crash_at(1), epochs=2)
+    assert names(tmp_path) == ["a.pt"]
+    assert load(tmp_path / "a.pt")["epoch"] == 0
+    assert threading.active_count() == 1
+
+
+def test_an_exception_of_fit_comes_out_before_that_of_a_write_in_a_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FailingSave(monkeypatch, 1)
+    with pytest.raises(Crash):
+        fit(make_model(), ModelCheckpoint(tmp_path / "a.pt", async_save=True), crash_at(1), epochs=2)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_last_path_is_not_a_file_that_could_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, async_save: bool
+) -> None:
+    FailingSave(monkeypatch, 2)
+    checkpoint = ModelCheckpoint(tmp_path / "{epoch}.pt", async_save=async_save)
+    with pytest.raises(OSError, match="could not be written"):
+        fit(make_model(), checkpoint, epochs=2)
+    assert checkpoint.last_path == tmp_path / "1.pt"

@@ -1,0 +1,64 @@
+"""An average of the net's weights that stands in for them in validation and checkpoints. Sisters: resume.py, run.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from kerastorch.device import bare_module
+
+
+class WeightAverage:
+    """What EMA and SWA keep: torch's AveragedModel of the net, and the exchange of the two.
+
+    net: the module that is trained.   owner: what errors call the callback.   keeps: whether the net gets the average
+    when fit has ended.   averaged_net: an AveragedModel, its module a copy of the net with averaged weights.
+    Raises TypeError for a net that can't be copied.
+    """
+
+    def __init__(
+        self, net: nn.Module, owner: str, *, keeps: bool, multi_avg_fn: Callable[..., None] | None = None
+    ) -> None:
+        self.net, self.keeps = bare_module(net), keeps
+        self.is_swapped = False
+        try:
+            self.averaged_net = AveragedModel(self.net, multi_avg_fn=multi_avg_fn).eval()
+        except (TypeError, RuntimeError) as error:
+            kind = type(self.net).__name__
+            raise TypeError(f"{owner} averages a copy of the net, but this {kind} can't be copied: {error}") from error
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there is anything in it yet."""
+        return int(self.averaged_net.n_averaged) > 0  # on the CPU always: no sync
+
+    def update(self) -> None:
+        """Take the net's weights into the average; buffers follow the net's."""
+        self.averaged_net.update_parameters(self.net)
+
+    def published_state_dict(self) -> dict[str, Any]:
+        """Return the averaged weights under the net's keys; the net's own before the average has begun."""
+        if self.is_swapped or not self.has_begun:
+            return self.net.state_dict()
+        module: nn.Module = self.averaged_net.module
+        return module.state_dict()
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Exchange the net's weights and the average's, in place, since optimizers and graphs hold on to them."""
+        average: nn.Module = self.averaged_net.module
+        own_tensors = [*self.net.parameters(), *self.net.buffers()]
+        for own, other in zip(own_tensors, [*average.parameters(), *average.buffers()], strict=True):
+            held = own.clone()
+            own.copy_(other)
+            other.copy_(held)
+        self.is_swapped = not self.is_swapped
+
+    def adopt(self) -> None:
+        """Give the net the average for good, where that was asked for and there is one."""
+        if self.keeps and self.has_begun:
+            self.net.load_state_dict(self.averaged_net.module.state_dict())
