@@ -1,8 +1,12 @@
-"""python -m kerastorch: train a small conv net on the embedded digits, test it, and say where things were written."""
+"""python -m kerastorch: train a small conv net on the embedded digits, test it, and say where things were written.
+
+python -m kerastorch eject [--style script|function|class]: print the same training as a file of plain PyTorch.
+"""
 
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +16,9 @@ from torch import nn
 import kerastorch as kt
 from kerastorch.callbacks import EarlyStopping, ModelCheckpoint
 from kerastorch.loops import LOOPS
+
+
+EPOCHS = 30
 
 
 def make_net() -> nn.Module:
@@ -24,11 +31,27 @@ def make_net() -> nn.Module:
     )
 
 
+def make_model(device: str, loop: str) -> kt.Model:
+    """Return the model of the job, compiled."""
+    model = kt.Model(make_net(), device)
+    model.compile("cross_entropy", "adam", ["accuracy"], loop=loop)
+    return model
+
+
+def make_callbacks(out: Path) -> tuple[ModelCheckpoint, EarlyStopping]:
+    """Return the job's callbacks: the best weights on disk, and back in the net at the end."""
+    checkpoint = ModelCheckpoint(out / "best.pt", save_best_only=True)
+    return checkpoint, EarlyStopping(patience=5, restore_best_weights=True, verbose=1)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Run the job; return the exit status: 0, or 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="python -m kerastorch", description=__doc__)
+    """Run the job, or eject it; return the exit status: 0, or 130 after Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["eject"]:
+        return _eject(argv[1:])
+    parser = argparse.ArgumentParser(prog="python -m kerastorch", description=__doc__.splitlines()[0])
     parser.add_argument("--loop", choices=list(LOOPS), default="script", help="the training loop (default: script)")
-    parser.add_argument("--epochs", type=int, default=30, help="train at most so many epochs (default: 30)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS, help=f"train at most so many epochs (default: {EPOCHS})")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/digits"), help="folder to write to (default: runs/digits)"
@@ -44,20 +67,31 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _eject(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m kerastorch eject", description="Print the job's training as a file of plain PyTorch."
+    )
+    styles = ("script", "function", "class")
+    parser.add_argument("--style", choices=styles, default="script", help="how its loop reads (default: script)")
+    style = parser.parse_args(argv).style
+    (x, y), _ = kt.datasets.digits()
+    model = make_model("cpu", "script")
+    model.fit(x[:64], y[:64], epochs=EPOCHS, validation_split=0.5, verbose=0)  # which shows what the batches are
+    print(model.eject(style, callbacks=make_callbacks(Path("runs/digits"))), end="")
+    return 0
+
+
 def _train(loop: str, epochs: int, device: str, out: Path) -> None:
     begun = time.perf_counter()
     kt.set_seed(0)
     (x_train, y_train), (x_test, y_test) = kt.datasets.digits()
-    net = make_net()
-    model = kt.Model(net, device)
-    model.compile("cross_entropy", "adam", ["accuracy"], loop=loop)
-    parameters = sum(parameter.numel() for parameter in net.parameters())
+    model = make_model(device, loop)
+    parameters = sum(parameter.numel() for parameter in model.net.parameters())
     print(
         f"{len(x_train)} training and {len(x_test)} test images, {parameters:,} parameters, {model.device}, {loop} loop"
     )
 
-    checkpoint = ModelCheckpoint(out / "best.pt", save_best_only=True)
-    stop = EarlyStopping(patience=5, restore_best_weights=True, verbose=1)
+    checkpoint, stop = make_callbacks(out)
     model.fit(x_train, y_train, epochs=epochs, validation_split=0.15, callbacks=[checkpoint, stop])
 
     history_path = out / "history.csv"

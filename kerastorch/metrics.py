@@ -491,6 +491,15 @@ class PassSums:
         """Plain and weighted metrics by log name."""
         return {**self.metrics, **self.weighted_metrics}
 
+    @property
+    def inferred_from(self) -> dict[str, list[Any]]:
+        """Shapes and dtypes of outputs and targets that each metric given by name was inferred from."""
+        return {
+            name: metric.inferred_from
+            for name, metric in self.all_metrics.items()
+            if isinstance(metric, NamedMetric) and metric.inferred_from
+        }
+
     def reset(self) -> None:
         """Start a new pass."""
         self._loss_sum.zero_()

@@ -34,6 +34,7 @@ from kerastorch.device import (
     resolve_device,
     set_random_state,
 )
+from kerastorch.eject import eject_model
 from kerastorch.errors import check_choice, check_int, did_you_mean
 from kerastorch.history import History
 from kerastorch.loops import Loop, has_own_train_step, is_own_loop, make_loop
@@ -51,7 +52,7 @@ from kerastorch.optimizers import (
 from kerastorch.progress import Progress, Verbose
 from kerastorch.report import Report
 from kerastorch.resume import check_content, find_checkpoint
-from kerastorch.run import AUTOCAST_DTYPES, Compiled, Run
+from kerastorch.run import AUTOCAST_DTYPES, Compiled, LastFit, Run
 from kerastorch.stopping import OnInterrupt, caught_signals, check_on_interrupt, end_interrupted
 
 if TYPE_CHECKING:
@@ -78,8 +79,7 @@ class Model:
         self._compiled: Compiled | None = None
         self._loop = make_loop("script")
         self._run: Run | None = None
-        self.last_callbacks: list[Callback] = []  # of the last fit, for eject
-        self.last_class_weight: Mapping[int, float] | None = None
+        self.last_fit = LastFit()
 
     def compile(
         self,
@@ -286,7 +286,6 @@ class Model:
             earlier_history=self.history,
         )
         run.check_before_start()
-        self.last_callbacks, self.last_class_weight = callback_list.callbacks, class_weight
         run.history = History(self, run.params)
         found = find_checkpoint(resume, callback_list.checkpointers)
         if resume is True and found is None:
@@ -302,7 +301,10 @@ class Model:
                     run.resume_path = str(path)
                     check_content(run, run.resume_from, path)
                     progress.say(f"Going on from {path}.")
-                self._loop.fit(run)
+                try:
+                    self._loop.fit(run)
+                finally:
+                    self.last_fit = run.describe_fit(class_weight)
         finally:
             self.history.extend(run.history)
         if run.interrupt is not None:
@@ -402,6 +404,24 @@ class Model:
         Raises RuntimeError before compile(), ValueError for data that can be read only once.
         """
         return check_model(self, x, y, batch_size=batch_size, steps=steps)
+
+    def eject(
+        self,
+        style: Literal["script", "function", "class"],
+        path: str | os.PathLike[str] | None = None,
+        *,
+        callbacks: Iterable[Callback] | None = None,
+        class_weight: Mapping[int, float] | None = None,
+    ) -> str:
+        """Return the training of this model as one file of plain PyTorch, and write it to path if given.
+
+        style: how its loop reads: "script" (all in train), "function" or "class".
+        callbacks, class_weight: those of the last fit, unless given; [] and {} mean none.
+        Its train(net, optimizer, loss_fn, metrics, train_data, val_data, epochs, *, ...) has what this model uses and
+        no more, its first lines show how to call it. On a CPU it gives fit's weights to the bit and fit's history.
+        Raises RuntimeError before compile(), ValueError for what can't be written out, with the way out.
+        """
+        return eject_model(self, style, path, callbacks=callbacks, class_weight=class_weight)
 
     def train_on_batch(
         self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Mapping[int, float] | None = None

@@ -245,9 +245,7 @@ def _restore(run: Run, content: Mapping[str, Any]) -> None:
     writers = run.callbacks.checkpointers
     unknown = _set_states((one for one in run.callbacks.callbacks if one not in writers), content["callbacks"])
     for name in unknown:
-        warnings.warn(
-            f"the checkpoint holds the state of {name}, which this fit does not have.", stacklevel=2
-        )
+        warnings.warn(f"the checkpoint holds the state of {name}, which this fit does not have.", stacklevel=2)
     _set_states(writers, content["checkpointers"])
     set_random_state(state["random_state"])
     for source, position in ((run.val_data, state["val_data"]), (run.train_data, state["train_data"])):

@@ -46,7 +46,7 @@ from kerastorch.progress import Progress
 from kerastorch.resume import check_states, get_content, restore
 
 if TYPE_CHECKING:
-    from kerastorch.callbacks import CallbackList
+    from kerastorch.callbacks import Callback, CallbackList
 
 AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -68,6 +68,27 @@ class Compiled:
     weighted_metrics: dict[str, AnyMetric] = field(default_factory=dict)
     unpack: Callable[[Any], Any] | None = None
     looked_at: set[tuple[object, ...]] = field(default_factory=set)  # kinds of batches that passed the first look
+
+
+@dataclass
+class LastFit:
+    """What eject needs to know of the last fit; as it is before the first.
+
+    kind, target_kind: "tensor", "tuple", "dict" or "none", by the first batch.   validated: None where that is open.
+    sample_weights: whether training and validation batches had some.   inferred: {metric: what it was inferred from}.
+    """
+
+    callbacks: list[Callback] = field(default_factory=list)
+    class_weight: Mapping[int, float] | None = None
+    kind: str = "tensor"
+    target_kind: str = "tensor"
+    validated: bool | None = None
+    validation_freq: int | Collection[int] = 1
+    steps_per_epoch: int | None = None
+    validation_steps: int | None = None
+    batch_size: int | None = None
+    sample_weights: tuple[bool, bool] = (False, False)
+    inferred: dict[str, list[Any]] = field(default_factory=dict)
 
 
 class RunningLogs(Mapping[str, LogValue]):
@@ -175,6 +196,8 @@ class Run:
         self.average: WeightAverage | None = None
         self.step_is_due = True
         self.stop_training = False
+        self.kinds = ("tensor", "tensor")  # of x and y
+        self.has_sample_weight = self.has_val_sample_weight = False
         self.x: Nested = None
         self.loss: Tensor | None = None
         self.val_logs: dict[str, LogValue] = {}
@@ -218,9 +241,12 @@ class Run:
         if self.average is not None and self.average.is_swapped:  # by a validation that failed
             self.average.swap()
         self.average = None
+        if hasattr(self, "loss_fn"):
+            self.loss_fn.on_first_batch = None
         for source in (self.train_data, self.val_data):
             if source is not None:
                 source.release()
+        self.train_data = self.val_data = None  # a loader's workers end with it, not when garbage is collected
 
     @property
     def generators(self) -> list[torch.Generator]:
@@ -337,6 +363,7 @@ class Run:
             self.batch += 1
             x, y, sample_weight = self._begin_batch(x, y, sample_weight)
             if is_first:
+                self.kinds, self.has_sample_weight = (_kind(x), _kind(y)), sample_weight is not None
                 self._look_at_inputs(x, y, sample_weight)
             if self.class_weight is not None:
                 sample_weight = self.class_weight(y, sample_weight)
@@ -367,6 +394,23 @@ class Run:
         self.epoch_is_trained = True
 
     # ---- checkpoints, interrupts, averaged weights ----
+
+    def describe_fit(self, class_weight: Mapping[int, float] | None) -> LastFit:
+        """Return what eject needs to know of this fit."""
+        assert self.train_data is not None
+        return LastFit(
+            callbacks=self.callbacks.callbacks,
+            class_weight=class_weight,
+            kind=self.kinds[0],
+            target_kind=self.kinds[1],
+            validated=self.val_data is not None,
+            validation_freq=self.validation_freq,
+            steps_per_epoch=self.steps_per_epoch,
+            validation_steps=self.validation_steps,
+            batch_size=self.train_data.batch_size,
+            sample_weights=(self.has_sample_weight, self.has_val_sample_weight),
+            inferred=self.train_sums.inferred_from,
+        )
 
     def note_interrupt(self, signum: int) -> None:
         """Ask the run to end at the next optimizer step; a signal handler calls it."""
@@ -515,6 +559,7 @@ class Run:
             for batch, ((x, y, sample_weight), _) in enumerate(self.val_data.one_pass(self.validation_steps)):
                 x, y, sample_weight = self._begin_batch(x, y, sample_weight)
                 if batch == 0:
+                    self.has_val_sample_weight = sample_weight is not None
                     self._look_at_inputs(x, y, sample_weight)
                 if callbacks.has_test_batch_begin:
                     callbacks.on_test_batch_begin(batch, {})
@@ -597,6 +642,12 @@ class Run:
         self.loss_fn.on_first_batch = look_at_outputs
         self._watch.close()
         self._watch.enter_context(watched_layers(self.net))
+
+
+def _kind(value: Nested) -> str:
+    if value is None:
+        return "none"
+    return "dict" if isinstance(value, dict) else "tuple" if _is_tuple(value) else "tensor"
 
 
 def _is_tuple(x: Nested) -> bool:

@@ -1,16 +1,22 @@
 """The main job: python -m kerastorch."""
 
+import copy
 import os
 import re
 import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassAccuracy
 
-from kerastorch.__main__ import main, make_net
+import kerastorch as kt
+from kerastorch.__main__ import main, make_callbacks, make_model, make_net
+from kerastorch.data import split_dataset
 from kerastorch.loops import LOOPS
 
 
@@ -88,3 +94,33 @@ def test_a_folder_that_cannot_be_made_is_told_before_training(capsys, tmp_path):
     captured = capsys.readouterr()
     assert str(tmp_path / "file") in captured.err
     assert "Epoch" not in captured.out
+
+
+@pytest.mark.parametrize("style", ["script", "function", "class"])
+def test_the_ejected_job_trains_as_the_job_does(capsys, tmp_path, monkeypatch, style):
+    monkeypatch.chdir(tmp_path)  # the file writes into runs/
+    assert main(["eject", "--style", style]) == 0
+    source = capsys.readouterr().out
+    assert "kerastorch" not in source.partition('"""')[2].partition("import")[2]
+    assert "epochs = 30" in source
+    module = types.ModuleType("ejected")
+    monkeypatch.setitem(sys.modules, "ejected", module)
+    exec(compile(source, "ejected.py", "exec"), vars(module))
+
+    (x, y), _ = kt.datasets.digits()
+    train, val = split_dataset(TensorDataset(x, y), 0.15)
+    model = make_model("cpu", style)
+    twin = copy.deepcopy(model.net)
+    torch.manual_seed(1)
+    history = model.fit(x, y, epochs=2, validation_split=0.15, callbacks=make_callbacks(tmp_path), verbose=0)
+    torch.manual_seed(1)
+    optimizer = torch.optim.Adam(twin.parameters(), lr=0.001, fused=True)
+    metrics = {"accuracy": MulticlassAccuracy(num_classes=10, average="micro")}
+    loaders = DataLoader(train, batch_size=32, shuffle=True), DataLoader(val, batch_size=32)
+    ejected = module.train(twin, optimizer, torch.nn.CrossEntropyLoss(), metrics, *loaders, 2)
+    for name, value in model.net.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value), name
+    assert list(ejected) == list(history.history)
+    for name, values in ejected.items():
+        assert values == pytest.approx(history.history[name], abs=1e-6), name
+    assert (tmp_path / "runs" / "digits" / "best.pt").exists()

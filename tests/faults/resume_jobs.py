@@ -352,13 +352,20 @@ class Forks:
         return int(self.process.stdout.readline())
 
     def close(self) -> None:
-        self.process.communicate()
-        assert self.process.returncode == 0
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("null\n")  # its end alone would not do: workers that were forked here hold it open
+        self.process.stdin.close()
+        assert self.process.wait(60) == 0
+        self.process.stdout.close()
 
 
 def orders() -> Iterator[dict[str, Any]]:
     for line in sys.stdin:
-        yield json.loads(line)
+        order = json.loads(line)
+        if order is None:
+            return
+        yield order
 
 
 if __name__ == "__main__":
