@@ -17,7 +17,6 @@ import kerastorch as kt
 from kerastorch.callbacks import EarlyStopping, ModelCheckpoint
 from kerastorch.loops import LOOPS
 
-
 EPOCHS = 30
 
 

@@ -86,9 +86,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
             raise CheckpointError(f"{str(path)!r} can't be loaded: {_reason(error)}.") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, not a checkpoint's dict.")
-    excess = _find_excess(content)
-    if excess is not None:
-        raise CheckpointError(f"{str(path)!r} is no checkpoint that a run wrote: {excess}.")
+    try:
+        _check_size(content)
+    except ValueError as error:
+        raise CheckpointError(f"{str(path)!r} is no checkpoint that a run wrote: {error}.") from None
     return content
 
 
@@ -193,28 +194,41 @@ def _find_damage(file: IO[bytes], size: int) -> str | None:
         return str(error) or type(error).__name__
 
 
-def _find_excess(content: Any) -> str | None:
-    """Return what in a loaded file would take time or memory out of proportion to its size."""
-    waiting, count = [(content, 0)], 0
-    while waiting:
-        value, depth = waiting.pop()
-        count += 1
-        if depth > MAX_DEPTH or count > MAX_ITEMS:
-            return f"it nests deeper than {MAX_DEPTH} or has more than {MAX_ITEMS} values"
+def _check_size(content: Any) -> None:
+    """Raise ValueError for what in a loaded file would take time or memory out of proportion to its size."""
+    measured: dict[int, tuple[int, int]] = {}  # (values, levels) of a container; one may stand in many places
+
+    def measure(value: Any, depth: int) -> tuple[int, int]:
         if isinstance(value, Tensor):
-            if value.device.type != "cpu":
-                return f"it has a tensor on {value.device}"
-            nbytes = value.numel() * value.element_size()
-            if value.layout is torch.strided and nbytes > max(value.untyped_storage().nbytes(), MAX_EXPANDED_BYTES):
-                return f"it has a tensor of shape {tuple(value.shape)} with less data than that"
-        elif isinstance(value, Mapping):
-            waiting += [(item, depth + 1) for pair in value.items() for item in pair]
-        elif isinstance(value, (list, tuple, set)):
-            waiting += [(item, depth + 1) for item in value]
-    return None
+            _check_tensor(value)
+        if not isinstance(value, (Mapping, list, tuple, set)):
+            return 1, 0
+        if id(value) not in measured:
+            if depth > MAX_DEPTH:
+                raise ValueError(f"it nests deeper than {MAX_DEPTH}")
+            items = [*value, *value.values()] if isinstance(value, Mapping) else value
+            sizes = [measure(item, depth + 1) for item in items]
+            measured[id(value)] = (
+                1 + sum(count for count, _ in sizes),
+                1 + max((level for _, level in sizes), default=0),
+            )
+        count, levels = measured[id(value)]
+        if count > MAX_VALUES or depth + levels > MAX_DEPTH:
+            raise ValueError(f"it has more than {MAX_VALUES} values or nests deeper than {MAX_DEPTH}")
+        return count, levels
+
+    measure(content, 0)
 
 
-MAX_DEPTH, MAX_ITEMS, MAX_EXPANDED_BYTES = 100, 10**7, 10**6
+def _check_tensor(tensor: Tensor) -> None:
+    if tensor.device.type != "cpu":
+        raise ValueError(f"it has a tensor on {tensor.device}")
+    nbytes = tensor.numel() * tensor.element_size()
+    if tensor.layout is torch.strided and nbytes > max(tensor.untyped_storage().nbytes(), MAX_EXPANDED_BYTES):
+        raise ValueError(f"it has a tensor of shape {tuple(tensor.shape)} with less data than that")
+
+
+MAX_DEPTH, MAX_VALUES, MAX_EXPANDED_BYTES = 100, 10**7, 10**6
 _IS_FOLDER = 0x10  # in a zip entry's attributes, as DOS had them
 
 

@@ -359,7 +359,7 @@ class Run:
         is_first = True
         batches = self.train_data.epoch(self.steps_per_epoch, done=self.batches_done, look_ahead=k > 1)
         is_stopped = self.stop_training and self.batches_done > 0  # in the life before this one
-        for (x, y, sample_weight), is_last in () if is_stopped else batches:
+        for (x, y, sample_weight), is_last in () if is_stopped else self._until_cut(batches):
             self.batch += 1
             x, y, sample_weight = self._begin_batch(x, y, sample_weight)
             if is_first:
@@ -390,6 +390,8 @@ class Run:
                     callbacks.save("step", RunningLogs(sums))
                 if self.stop_training:
                     break
+        if self._is_cut:
+            return self._cut_epoch()
         callbacks.on_train_epoch_end(self.epoch, {})
         self.epoch_is_trained = True
 
@@ -433,11 +435,21 @@ class Run:
         """Return the weights that validation sees: the average where EMA or SWA keep one, else the net's. Bare keys."""
         return bare_module(self.net).state_dict() if self.average is None else self.average.published_state_dict()
 
+    def _until_cut(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """Yield batches; cut the epoch where they fail because the signal that interrupts ended the workers too."""
+        try:
+            yield from batches
+        except Exception:
+            if self.interrupt is None:
+                raise
+            self._is_cut = True
+
     def _cut_epoch(self) -> None:
-        """End an interrupted epoch where it is, after the last checkpoint."""
+        """End an interrupted epoch where it is, after the last checkpoint; within an accumulation there is none."""
         self._is_cut = True
         self.progress.clear()
-        self.callbacks.save("interrupt", RunningLogs(self.train_sums))
+        if not self._window:
+            self.callbacks.save("interrupt", RunningLogs(self.train_sums))
 
     @contextmanager
     def _published_weights(self) -> Iterator[None]:
@@ -556,7 +568,9 @@ class Run:
             self.val_state = self.val_data.state_dict()  # a resumed run validates from the beginning
         callbacks.on_test_begin({})
         with self._published_weights():
-            for batch, ((x, y, sample_weight), _) in enumerate(self.val_data.one_pass(self.validation_steps)):
+            for batch, ((x, y, sample_weight), _) in enumerate(
+                self._until_cut(self.val_data.one_pass(self.validation_steps))
+            ):
                 x, y, sample_weight = self._begin_batch(x, y, sample_weight)
                 if batch == 0:
                     self.has_val_sample_weight = sample_weight is not None

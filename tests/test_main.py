@@ -96,7 +96,9 @@ def test_a_folder_that_cannot_be_made_is_told_before_training(capsys, tmp_path):
     assert "Epoch" not in captured.out
 
 
-@pytest.mark.parametrize("style", ["script", "function", "class"])
+@pytest.mark.parametrize(
+    "style", ["script", *(pytest.param(style, marks=pytest.mark.slow) for style in ("function", "class"))]
+)
 def test_the_ejected_job_trains_as_the_job_does(capsys, tmp_path, monkeypatch, style):
     monkeypatch.chdir(tmp_path)  # the file writes into runs/
     assert main(["eject", "--style", style]) == 0

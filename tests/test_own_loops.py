@@ -332,7 +332,7 @@ def same(one, other):
     return one == other
 
 
-@pytest.mark.parametrize("save_freq", [1, 2, "epoch"])
+@pytest.mark.parametrize("save_freq", [1, *(pytest.param(freq, marks=pytest.mark.slow) for freq in (2, "epoch"))])
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_that_died_inside_an_epoch_goes_on_to_the_bit(name, save_freq, tmp_path):
     straight = fit_small(name, [])

@@ -351,7 +351,7 @@ MEASURE = """
 """
 
 
-@pytest.mark.parametrize("form", ["arrays", "an iterable of unknown length"])
+@pytest.mark.parametrize("form", [pytest.param("arrays", marks=pytest.mark.slow), "an iterable of unknown length"])
 def test_predict_takes_the_memory_of_its_result_and_one_batch(form):
     given = ("x", "1000") if form == "arrays" else ("Batches()", "None")
     code = textwrap.dedent(MEASURE).replace("DATA", given[0]).replace("BATCH_SIZE", given[1])

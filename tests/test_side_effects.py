@@ -6,6 +6,7 @@ Sister: test_loops.py, which compares the plain loops.
 import math
 import random
 import warnings
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -39,6 +40,15 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def no_workers_left():
+    """End persistent workers here: torch waits 5 s for each one that the garbage collector finds."""
+    yield
+    while Setup.made:
+        setup = Setup.made.pop()
+        setup.train._iterator = setup.val._iterator = None
+
+
 class Noisy(Dataset):
     """Rows whose transform draws from python's, numpy's and torch's global generators."""
 
@@ -67,7 +77,10 @@ every_loader = pytest.mark.parametrize("kind", LOADERS)
 class Setup:
     """The same net, optimizer and loaders, and the same seeds, whenever it is made."""
 
+    made: ClassVar[list["Setup"]] = []
+
     def __init__(self, kind="plain", loop="script"):
+        self.made.append(self)
         kt.set_seed(3)
         self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.3), nn.Linear(8, 3))
         self.optimizer = torch.optim.SGD(self.net.parameters(), lr=0.05, momentum=0.9)
@@ -189,10 +202,7 @@ def test_what_is_added_changes_neither_weights_nor_random_streams(kind, name, tm
     assert_same(setup.fit(*CALLBACKS[name](setup, tmp_path)), by_hand(kind))
 
 
-@pytest.mark.parametrize(
-    "name", ["none", "checkpoints", "evaluate the validation loader", "evaluate the training loader"]
-)
-@pytest.mark.parametrize("kind", WITH_WORKERS)
+@pytest.mark.parametrize(("kind", "name"), [("workers", "checkpoints"), ("persistent", "evaluate the training loader")])
 def test_what_is_added_changes_nothing_where_workers_draw(kind, name, tmp_path):
     setup = Setup(kind)
     assert_same(setup.fit(*CALLBACKS[name](setup, tmp_path)), by_hand(kind))
@@ -205,7 +215,7 @@ def test_all_of_it_together_changes_nothing(loop, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["workers, own generator", "persistent"])
+@pytest.mark.parametrize("kind", WITH_WORKERS)
 @pytest.mark.parametrize("name", [name for name in CALLBACKS if name not in COSTLY])
 def test_what_is_added_changes_nothing_where_workers_draw_for_every_callback(name, kind, tmp_path):
     setup = Setup(kind)

@@ -79,7 +79,7 @@ SAVERS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-QUICK = ("a file kept", "two backups")
+QUICK = ("two backups",)
 QUICK_AND_SLOW = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SAVERS]
 
 

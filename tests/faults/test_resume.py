@@ -3,7 +3,7 @@
 import csv
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -49,6 +49,11 @@ def load_jobs() -> ModuleType:
 jobs = load_jobs()
 Job, Death, Dies, Result = jobs.Job, jobs.Death, jobs.Dies, jobs.Result
 LOOPS = ("script", "function", "class")
+
+
+def mostly_slow(values: Iterable[Any], *quick: Any) -> list[Any]:
+    """Return values to parametrize with, all but the quick ones marked slow."""
+    return [value if value in quick else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 @pytest.fixture(autouse=True)
@@ -360,7 +365,7 @@ LOADERS: dict[str, Callable[..., DataLoader[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("loader", mostly_slow(LOADERS, "shuffled", "weighted", "batch sampler"))
 def test_t3_each_kind_of_loader_without_workers(loader: str, tmp_path: Path) -> None:
     check(Job(data=LOADERS[loader]), tmp_path)
 
@@ -378,8 +383,8 @@ many_workers = pytest.mark.filterwarnings("ignore:This DataLoader will create 3 
     ("loader", "workers"),
     [
         ("shuffled", "two"),
-        ("shuffled", "persistent"),
-        ("own generator", "two"),
+        pytest.param("shuffled", "persistent", marks=pytest.mark.slow),
+        pytest.param("own generator", "two", marks=pytest.mark.slow),
         pytest.param("shuffled", "three", marks=pytest.mark.slow),
         pytest.param("own generator", "three", marks=pytest.mark.slow),
         pytest.param("own generator", "persistent", marks=pytest.mark.slow),
@@ -548,7 +553,7 @@ STEPS = {
 
 
 @pytest.mark.parametrize("steps", [4, 9, pytest.param(6, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("data", STEPPED)
+@pytest.mark.parametrize("data", mostly_slow(STEPPED, next(iter(STEPPED))))
 def test_steps_per_epoch_shorter_and_longer_than_a_pass(data: str, steps: int, tmp_path: Path) -> None:
     job = Job(data=STEPPED[data], fit={"steps_per_epoch": steps})
     check(job, tmp_path, STEPS[steps], steps=steps, dies_at=STEPS[steps][-2][1] + 2)
@@ -606,7 +611,9 @@ def test_t4_a_csv_log_has_each_epoch_once_to_the_byte(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("append", [False, True])
 @pytest.mark.parametrize("older", [None, "an older log"])
-@pytest.mark.parametrize(("save_freq", "dies_at"), [("epoch", 10), (5, 10), (10, 14)])
+@pytest.mark.parametrize(
+    ("save_freq", "dies_at"), [("epoch", 10), (5, 10), pytest.param(10, 14, marks=pytest.mark.slow)]
+)
 def test_t4_a_csv_log_that_ran_ahead_of_the_checkpoint_has_each_epoch_once(
     save_freq: Any, dies_at: int, older: str | None, append: bool, tmp_path: Path
 ) -> None:
@@ -684,7 +691,7 @@ def states(result: Any) -> list[Any]:
     return [callback.state_dict() for callback in result.callbacks if type(callback) in (EarlyStopping, Counting, EMA)]
 
 
-@pytest.mark.parametrize("callbacks", CALLBACKS)
+@pytest.mark.parametrize("callbacks", mostly_slow(CALLBACKS, "EMA", "user callback", "EarlyStopping, best weights"))
 def test_t5_stateful_callbacks_decide_as_in_an_uninterrupted_run(callbacks: str, tmp_path: Path) -> None:
     make, compiled = CALLBACKS[callbacks]
     check(Job(callbacks=lambda folder: make(), compile=compiled), tmp_path)
@@ -711,7 +718,7 @@ def test_t5_early_stopping_stops_in_the_same_epoch_and_restores_the_same_weights
 
 
 @pytest.mark.parametrize("hook", ["on_test_begin", "on_epoch_end", "on_train_end"])
-@pytest.mark.parametrize("callback", ["EMA", "SWA", "EMA, best weights"])
+@pytest.mark.parametrize("callback", mostly_slow(["EMA", "SWA", "EMA, best weights"], "EMA"))
 def test_t5_averages_are_the_same_where_death_comes_after_the_last_batch(
     callback: str, hook: str, tmp_path: Path
 ) -> None:
@@ -741,7 +748,7 @@ def test_t5_a_run_stopped_inside_an_epoch_by_a_callback_ends_there_again(
     assert_same(resume(job, tmp_path, jobs.make_saver(tmp_path, 5)), straight, 15)
 
 
-@pytest.mark.parametrize("resume_freq", ["epoch", 5, 1])
+@pytest.mark.parametrize("resume_freq", mostly_slow(["epoch", 5, 1], 5))
 @pytest.mark.parametrize("dies_at", [7, 13, 17, 23])
 def test_t5_the_best_file_is_never_replaced_by_a_worse_one(dies_at: int, resume_freq: Any, tmp_path: Path) -> None:
     def best(folder: Path) -> Callback:
@@ -763,7 +770,7 @@ def test_t5_the_best_file_is_never_replaced_by_a_worse_one(dies_at: int, resume_
 
 
 @pytest.mark.parametrize("weights_only", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("resume_freq", ["epoch", 5, 1])
+@pytest.mark.parametrize("resume_freq", mostly_slow(["epoch", 5, 1], 5))
 @pytest.mark.parametrize("dies_at", [7, 15, 24])
 def test_t5_keep_best_keeps_the_files_that_an_uninterrupted_run_keeps(
     dies_at: int, resume_freq: Any, weights_only: bool, tmp_path: Path
@@ -833,7 +840,7 @@ def sgd(parameters: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
-@pytest.mark.parametrize("scheduler", SCHEDULERS)
+@pytest.mark.parametrize("scheduler", mostly_slow(SCHEDULERS, "StepLR", "'one_cycle'", "ReduceLROnPlateau"))
 def test_t6_the_learning_rate_of_every_step_is_that_of_an_uninterrupted_run(scheduler: str, tmp_path: Path) -> None:
     made, interval = SCHEDULERS[scheduler]
     compiled = {"lr_scheduler": made, "lr_scheduler_interval": interval, "optimizer": sgd}
@@ -935,7 +942,7 @@ METRICS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("metrics", METRICS)
+@pytest.mark.parametrize("metrics", mostly_slow(METRICS, "function"))
 def test_metrics_of_the_epoch_that_was_cut_are_those_of_a_whole_one(metrics: str, tmp_path: Path) -> None:
     check(Job(compile={"metrics": METRICS[metrics]()}), tmp_path)
 
@@ -1016,8 +1023,10 @@ def test_files_written_in_a_thread_hold_the_step_that_they_were_asked_at(
 # ---- T9, T10, and what there is to resume from ----
 
 
-@pytest.mark.parametrize("callbacks", [[], "EMA", "SWA", "EarlyStopping, best weights", "ReduceLROnPlateau"])
-@pytest.mark.parametrize("save_freq", ["epoch", 6, 1])
+@pytest.mark.parametrize(
+    "callbacks", [[], *mostly_slow(["EMA", "SWA", "EarlyStopping, best weights", "ReduceLROnPlateau"], "EMA")]
+)
+@pytest.mark.parametrize("save_freq", mostly_slow(["epoch", 6, 1], "epoch"))
 def test_t9_a_finished_run_started_again_trains_no_step(callbacks: Any, save_freq: Any, tmp_path: Path) -> None:
     make, compiled = CALLBACKS[callbacks] if callbacks else (list, {})
     job = Job(callbacks=lambda folder: make(), compile=compiled)
@@ -1120,8 +1129,8 @@ class Interrupts(Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("saver", ["ModelCheckpoint", pytest.param("BackupAndRestore", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("save_freq", ["epoch", 5])
+@pytest.mark.parametrize("saver", mostly_slow(["ModelCheckpoint", "BackupAndRestore"], "ModelCheckpoint"))
+@pytest.mark.parametrize("save_freq", mostly_slow(["epoch", 5], 5))
 @pytest.mark.parametrize(
     ("hook", "count", "begins_at"),
     [
@@ -1168,7 +1177,7 @@ def test_stateful_callbacks_of_a_run_that_was_interrupted(
     assert_same(resume(job, tmp_path, jobs.make_saver(tmp_path, "epoch")), straight, begins_at)
 
 
-@pytest.mark.parametrize("metrics", METRICS)
+@pytest.mark.parametrize("metrics", mostly_slow(METRICS, "function"))
 def test_metrics_of_a_run_that_was_interrupted_in_its_validation(metrics: str, tmp_path: Path) -> None:
     job = Job(compile={"metrics": METRICS[metrics]()})
     straight = jobs.start(job, tmp_path)

@@ -777,24 +777,23 @@ def laughs(depth: int = 40) -> list[Any]:
     return value
 
 
-def deep(depth: int = 10**5) -> list[Any]:
+def deep(depth: int = 150) -> list[Any]:
     value: list[Any] = []
     for _ in range(depth):
         value = [value]
     return value
 
 
+def cyclic() -> list[Any]:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
 PICKLE_BOMBS: dict[str, bytes] = {
-    "key of 2**60 leaves": PROTO + b"}" + nest(60) + b"Ns.",
-    "set of 2**60 leaves": dict_of(reduce("builtins", "set", b"](" + nest(60) + b"e")),
-    "key a million deep": PROTO + b"}" + b")" + b"\x85" * 10**6 + b"Ns.",
+    "value of 2**60 leaves": dict_of(nest(60)),
     "value a hundred thousand deep": dict_of(b")" + b"\x85" * 10**5),
     "lists a hundred thousand deep": dict_of(b"]" * 10**5 + b"a" * (10**5 - 1)),
-    "text coded thirty times over": dict_of(
-        b"c_codecs\nencode\n(" * 30
-        + reduce("_codecs", "encode", text("a" * 64), text("latin1"))
-        + (text("hex") + b"tR") * 30
-    ),
     "bytearray of 3 GB": dict_of(reduce("builtins", "bytearray", number(3 * 10**9))),
     "Tensor of 4 GB": dict_of(reduce("torch", "Tensor", number(10**9))),
 }
@@ -807,6 +806,7 @@ VALUE_BOMBS: dict[str, tuple[tuple[Any, ...], Callable[[], Any]]] = {
     "laughs for the number of batches": (("run", "train_data", "num_batches"), laughs),
     "a deep list in a param group": ((*GROUP, "other"), deep),
     "a deep list in the history": (("run", "history", "logs"), lambda: [{"loss": deep()}]),
+    "a list in itself": ((*GROUP, "other"), cyclic),
     "a wide metric": ((*F1, "inferred_from"), lambda: [[4, 10**8], torch.float32, [4], torch.int64]),
     "a tall metric": (
         (*SUMS, "metrics", "accuracy", "inferred_from"),
