@@ -22,6 +22,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -109,16 +110,19 @@ def wait_for_writers() -> None:
         time.sleep(0.001)
 
 
-def fill(disk: Callable[[int], None]) -> None:
+def fill() -> None:
     wait_for_writers()
-    disk(HALF)
+    limit_file_size(HALF)
 
 
-@pytest.fixture
-def disk() -> Iterator[Callable[[int], None]]:
-    """Sets the most bytes that a file may have; a write beyond it raises OSError, as on a full disk."""
-    yield limit_file_size
-    limit_file_size(resource.RLIM_INFINITY)
+@contextmanager
+def full_disk(size: int = resource.RLIM_INFINITY) -> Iterator[None]:
+    """A file takes no more bytes than size, or than fill() says, here: pytest's own log may be a file, and longer."""
+    limit_file_size(size)
+    try:
+        yield
+    finally:
+        limit_file_size(resource.RLIM_INFINITY)
 
 
 # ---- T12: the disk is full ----
@@ -127,12 +131,11 @@ def disk() -> Iterator[Callable[[int], None]]:
 @every_kind
 @sync_and_async
 def test_t12_a_failing_save_says_all_and_a_resume_from_the_older_file_is_exact(
-    tmp_path: Path, disk: Callable[[int], None], straight: dict[str, torch.Tensor], kind: str, async_save: bool
+    tmp_path: Path, straight: dict[str, torch.Tensor], kind: str, async_save: bool
 ) -> None:
     callback = KINDS[kind](tmp_path, async_save=async_save)
-    with pytest.raises(OSError, match="could not be written") as raised:
-        train(callback, at_epoch(2, lambda: fill(disk)))
-    disk(resource.RLIM_INFINITY)
+    with full_disk(), pytest.raises(OSError, match="could not be written") as raised:
+        train(callback, at_epoch(2, fill))
 
     message = str(raised.value)
     assert "enforce fail" not in message
@@ -156,22 +159,18 @@ def test_t12_a_failing_save_says_all_and_a_resume_from_the_older_file_is_exact(
     assert names(tmp_path) == FINAL_FILES[kind]
 
 
-def test_t12_the_bytes_needed_are_those_of_the_file(tmp_path: Path, disk: Callable[[int], None]) -> None:
-    disk(HALF)
-    with pytest.raises(OSError, match=r"it takes about 4\.0 MB"):
+def test_t12_the_bytes_needed_are_those_of_the_file(tmp_path: Path) -> None:
+    with full_disk(HALF), pytest.raises(OSError, match=r"it takes about 4\.0 MB"):
         write_checkpoint(tmp_path / "a.pt", {"weights": torch.zeros(1000, 1000)})
 
 
-def test_t12_a_first_save_that_fails_names_no_good_file(tmp_path: Path, disk: Callable[[int], None]) -> None:
-    disk(HALF)
-    with pytest.raises(OSError, match=r"1\.pt' could not be written: File too large; .* on its disk$"):
+def test_t12_a_first_save_that_fails_names_no_good_file(tmp_path: Path) -> None:
+    with full_disk(HALF), pytest.raises(OSError, match=r"1\.pt' could not be written: File too large; .* on its disk$"):
         train(KINDS["every epoch"](tmp_path))
     assert names(tmp_path) == []
 
 
-def test_t12_a_disk_that_is_full_at_any_byte_leaves_the_old_file_and_no_other(
-    tmp_path: Path, disk: Callable[[int], None]
-) -> None:
+def test_t12_a_disk_that_is_full_at_any_byte_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     write_checkpoint(path, {"epoch": 0})
     content = {"epoch": 1, "model_state_dict": nn.Linear(20, 20).state_dict()}
@@ -179,14 +178,15 @@ def test_t12_a_disk_that_is_full_at_any_byte_leaves_the_old_file_and_no_other(
     size = (tmp_path / "b.pt").stat().st_size
     (tmp_path / "b.pt").unlink()
     for limit in [*range(0, size, 37), size - 1]:
-        disk(limit)
-        with pytest.raises(OSError, match=r"a\.pt' could not be written: File too large; .*a\.pt' of before is still"):
+        with (
+            full_disk(limit),
+            pytest.raises(OSError, match=r"a\.pt' could not be written: File too large; .*a\.pt' of before is still"),
+        ):
             write_checkpoint(path, content)
-        disk(resource.RLIM_INFINITY)
         assert names(tmp_path) == ["a.pt"], limit
         assert read_checkpoint(path) == {"epoch": 0}
-    disk(size)
-    write_checkpoint(path, content)
+    with full_disk(size):
+        write_checkpoint(path, content)
     assert read_checkpoint(path)["epoch"] == 1
 
 
@@ -482,14 +482,15 @@ def test_t14_a_folder_without_write_permission_is_told_before_the_first_step_or_
 @sync_and_async
 @pytest.mark.parametrize("choice", ["keep_last", "keep_best"])
 def test_t15_the_one_kept_file_stays_when_the_next_can_not_be_written(
-    tmp_path: Path, disk: Callable[[int], None], async_save: bool, choice: str
+    tmp_path: Path, async_save: bool, choice: str
 ) -> None:
     better = LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(loss=-epoch))
     checkpoint = ModelCheckpoint(
         tmp_path / "{epoch}.pt", monitor="loss", mode="min", async_save=async_save, **{choice: 1}
     )
-    with pytest.raises(OSError, match=r"3\.pt' could not be written: .*2\.pt' of before is still whole"):
-        train(better, at_epoch(2, lambda: fill(disk)), checkpoint)
+    error = r"3\.pt' could not be written: .*2\.pt' of before is still whole"
+    with full_disk(), pytest.raises(OSError, match=error):
+        train(better, at_epoch(2, fill), checkpoint)
     assert names(tmp_path) == ["2.pt"]
     assert read_checkpoint(tmp_path / "2.pt")["epoch"] == 1
 
