@@ -7,7 +7,6 @@ be a guess it says what to pass. torchmetrics is imported when a metric is asked
 from __future__ import annotations
 
 import inspect
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from kerastorch.device import Nested, OutputKey, describe, move_to_device, num_samples, output_name, pick_output
+from kerastorch.device import Nested, OutputKey, describe, num_samples, output_name, pick_output
 from kerastorch.errors import canonical, look_up
 
 if TYPE_CHECKING:
@@ -74,6 +73,9 @@ _HIGHER_IS_BETTER: dict[str, bool | None] = {
     **dict.fromkeys(("r2", "r2_score", "explained_variance", "cosine_similarity"), True),
     "perplexity": False,
     "confusion_matrix": None,
+}
+_JOINED_CLASSES = {cls for cls, _ in REGRESSION.values()} | {
+    task + cls for task in ("Binary", "Multiclass", "Multilabel") for cls, *_ in CLASSIFICATION.values()
 }
 MAX_ELEMENTS = 10**8  # of one sample, in a checkpoint that may be forged
 COUNTED_HERE = {name for name, (cls, *_) in {**CLASSIFICATION, **REGRESSION}.items() if not cls} | {"perplexity"}
@@ -368,7 +370,7 @@ def make_metrics(
     for name, spec in pairs:
         metric = _make_metric(spec, scale, ignore_index, weighted)
         taken = known_logs(made)
-        for key in [*metric.keys()] if _is_collection(metric) else [name]:
+        for key in [*metric.keys()] if is_collection(metric) else [name]:
             if key in taken:
                 raise ValueError(f"metrics has {key!r} twice (the loss is always there): give a dict of other names.")
         made[name] = metric
@@ -398,7 +400,7 @@ def make_output_metrics(
     made: dict[str, AnyMetric] = {}
     for key, spec in by_output.items():
         for name, metric in make_metrics(spec, *scales[key], weighted=weighted).items():
-            parts = metric.items() if _is_collection(metric) else [(name, metric)]
+            parts = metric.items() if is_collection(metric) else [(name, metric)]
             made |= {f"{output_name(key)}_{part_name}": OutputMetric(part, key) for part_name, part in parts}
     return made
 
@@ -450,7 +452,7 @@ def known_logs(metrics: Mapping[str, AnyMetric]) -> dict[str, bool | None]:
     """Return {log name: whether higher is better, None where that is not known} for the loss and these metrics."""
     known: dict[str, bool | None] = {"loss": False}
     for name, metric in metrics.items():
-        if _is_collection(metric):
+        if is_collection(metric):
             known |= {key: part.higher_is_better for key, part in metric.items()}
         else:
             known[name] = metric.higher_is_better
@@ -461,200 +463,26 @@ def may_name_results(metric: AnyMetric) -> bool:
     """Whether compute() may give a dict, whose keys are not known before; torchmetrics says so by annotation."""
     while isinstance(metric, OutputMetric):
         metric = metric.metric
-    if isinstance(metric, (NamedMetric, MeanMetric)) or _is_collection(metric):
+    if isinstance(metric, (NamedMetric, MeanMetric)) or is_collection(metric):
         return False
     return inspect.signature(type(metric).compute).return_annotation not in (Tensor, "Tensor")
 
 
-class PassSums:
-    """The sample-weighted loss and the metrics of one pass over the data; sums stay on the device until read.
+def takes_batches_together(metric: AnyMetric) -> bool:
+    """Whether an update with several batches joined is the same, up to rounding, as one with each.
 
-    metrics: see make_metrics; cloned.   weighted_metrics: likewise, given the sample weights too.
+    It is for the metrics that names stand for, and torchmetrics objects of their classes; a function's value may be of
+    its batch.
     """
-
-    def __init__(
-        self,
-        metrics: Mapping[str, AnyMetric],
-        device: torch.device,
-        weighted_metrics: Mapping[str, AnyMetric] | None = None,
-    ) -> None:
-        self.metrics = {name: metric.clone().to(device) for name, metric in metrics.items()}
-        self.weighted_metrics = {name: metric.clone().to(device) for name, metric in (weighted_metrics or {}).items()}
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._loss_sum = torch.zeros((), dtype=dtype, device=device)
-        self._part_sums: dict[str, Tensor] = {}
-        self._logged: dict[str, list[Any]] = {}  # name -> [sum, samples]
-        self._num_samples = 0
-
-    @property
-    def all_metrics(self) -> dict[str, AnyMetric]:
-        """Plain and weighted metrics by log name."""
-        return {**self.metrics, **self.weighted_metrics}
-
-    @property
-    def inferred_from(self) -> dict[str, list[Any]]:
-        """Shapes and dtypes of outputs and targets that each metric given by name was inferred from."""
-        return {
-            name: metric.inferred_from
-            for name, metric in self.all_metrics.items()
-            if isinstance(metric, NamedMetric) and metric.inferred_from
-        }
-
-    def reset(self) -> None:
-        """Start a new pass."""
-        self._loss_sum.zero_()
-        self._part_sums = {}
-        self._logged = {}
-        self._num_samples = 0
-        for metric in self.all_metrics.values():
-            metric.reset()
-
-    def infer(self, outputs: Nested, y: Nested) -> None:
-        """Settle the metrics given by name from a first batch; ValueError where that would be a guess."""
-        for metric in self.all_metrics.values():
-            part = (outputs, y)
-            if isinstance(metric, OutputMetric):
-                part = (pick_output(outputs, metric.key, "the outputs"), pick_output(y, metric.key, "the targets"))
-                metric = metric.metric
-            if isinstance(metric, NamedMetric) and metric.metric is None:
-                metric.infer(*part)
-
-    def update(
-        self,
-        loss: Tensor,
-        outputs: Nested,
-        y: Nested,
-        num_samples: int,
-        sample_weight: Nested = None,
-        parts: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Add a batch. No sync: loss, outputs and parts (detached; the losses by output) stay on the device."""
-        self._loss_sum.add_(loss, alpha=num_samples)
-        self._num_samples += num_samples
-        for name, part in (parts or {}).items():
-            if name not in self._part_sums:
-                self._part_sums[name] = torch.zeros_like(self._loss_sum)
-            self._part_sums[name].add_(part, alpha=num_samples)
-        for metric in self.metrics.values():
-            metric.update(outputs, y)
-        for metric in self.weighted_metrics.values():
-            metric.update(outputs, y, sample_weight)
-
-    def log(self, name: str, value: Tensor | float, num_samples: int) -> None:
-        """Add a scalar of a batch to the mean, over samples, of those logged under this name. No sync."""
-        try:
-            tensor = torch.as_tensor(value).detach()
-        except (TypeError, ValueError, RuntimeError):
-            tensor = torch.zeros(0)
-        if tensor.numel() != 1 or tensor.is_complex():
-            what = f"shape {tuple(tensor.shape)}" if hasattr(value, "shape") or isinstance(value, list) else repr(value)
-            raise ValueError(f"log({name}=...) takes one number, got {what}: log its mean.")
-        if name == "loss" or name in self.all_metrics or name in self._part_sums:
-            raise ValueError(f"log({name}=...): the logs have a {name!r} already; log it under another name.")
-        logged = self._logged.setdefault(name, [torch.zeros_like(self._loss_sum), 0])
-        logged[0].add_(tensor.reshape(()), alpha=num_samples)  # a number's own tensor is on the CPU: no copy, no sync
-        logged[1] += num_samples
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the sums so far, the states of the metrics by name; tensors are the live ones."""
-        return {
-            "loss": self._loss_sum,
-            "num_samples": self._num_samples,
-            "parts": dict(self._part_sums),
-            "logged": {name: list(pair) for name, pair in self._logged.items()},
-            "metrics": {name: _get_state(metric) for name, metric in self.all_metrics.items()},
-        }
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what state_dict() returned; a metric that it does not know starts empty."""
-        self._loss_sum.copy_(state["loss"])
-        self._num_samples = state["num_samples"]
-        device = self._loss_sum.device
-        self._part_sums = {name: part.to(device) for name, part in state["parts"].items()}
-        self._logged = {name: [total.to(device), samples] for name, (total, samples) in state.get("logged", {}).items()}
-        for name, metric in self.all_metrics.items():
-            if state["metrics"].get(name) is not None:
-                _set_state(metric, state["metrics"][name], device)
-
-    def compute(self) -> dict[str, LogValue]:
-        """Return {"loss": ..., metric: ...} as python numbers (a sync); empty where nothing was added.
-
-        The losses by output come last.
-        """
-        return self._read(self.all_metrics)
-
-    def running(self) -> dict[str, LogValue]:
-        """Return the loss and the metrics that are cheap to read in mid-pass (a sync); the bar shows them."""
-        return self._read({name: metric for name, metric in self.all_metrics.items() if _is_cheap(metric)})
-
-    def _read(self, metrics: Mapping[str, AnyMetric]) -> dict[str, LogValue]:
-        if self._num_samples == 0:
-            return {}
-        logs: dict[str, LogValue] = {"loss": self._loss_sum.item() / self._num_samples}
-        for name, metric in metrics.items():
-            value = metric.compute()
-            for key, part in value.items() if isinstance(value, Mapping) else [(name, value)]:
-                logs[key] = _to_number(part)
-        logs |= {name: part.item() / self._num_samples for name, part in self._part_sums.items()}
-        return logs | {name: total.item() / samples for name, (total, samples) in self._logged.items()}
+    if is_collection(metric):
+        return all(map(takes_batches_together, metric.values()))
+    return isinstance(metric, NamedMetric) or (
+        type(metric).__module__.partition(".")[0] == "torchmetrics" and type(metric).__name__ in _JOINED_CLASSES
+    )
 
 
-def _get_state(metric: AnyMetric) -> Any:
-    if isinstance(metric, OutputMetric):
-        return _get_state(metric.metric)
-    if isinstance(metric, NamedMetric):
-        if metric.metric is None:
-            return None
-        return {"inferred_from": metric.inferred_from, "metric": _get_state(metric.metric)}
-    if isinstance(metric, MeanMetric):
-        return {"sum": metric.sum, "count": metric.count}
-    parts = {path: part for path, part in metric.named_modules() if hasattr(part, "update_count")}
-    return {path: {"updates": part.update_count, **part.metric_state} for path, part in parts.items()}
-
-
-def _set_state(metric: AnyMetric, state: Mapping[str, Any], device: torch.device) -> None:
-    if isinstance(metric, OutputMetric):
-        _set_state(metric.metric, state, device)
-    elif isinstance(metric, NamedMetric):
-        shape, dtype, y_shape, y_dtype = state["inferred_from"]
-        if max(math.prod(shape), math.prod(y_shape)) > MAX_ELEMENTS:
-            raise ValueError(f"a sample can't have outputs of shape {shape} or targets of shape {y_shape}.")
-        outputs, y = (
-            torch.zeros((), dtype=d, device=device).expand(s) for s, d in ((shape, dtype), (y_shape, y_dtype))
-        )
-        metric.infer(outputs, y)
-        _set_state(metric.metric, state["metric"], device)
-    elif isinstance(metric, MeanMetric):
-        metric.sum, metric.count = (torch.as_tensor(state[name]).to(device) for name in ("sum", "count"))
-    else:
-        for path, part in metric.named_modules():
-            if path in state:
-                part._update_count = int(
-                    state[path]["updates"]
-                )  # without which compute() warns; nothing public sets it
-                for name in part.metric_state:
-                    setattr(part, name, move_to_device(state[path][name], device))
-
-
-def _is_collection(metric: AnyMetric) -> bool:
+def is_collection(metric: AnyMetric) -> bool:
     return hasattr(metric, "keys")  # a torchmetrics.MetricCollection, without importing it
-
-
-def _is_cheap(metric: AnyMetric) -> bool:
-    while isinstance(metric, (NamedMetric, OutputMetric)):
-        metric = metric.metric
-    if isinstance(metric, MeanMetric):
-        return True
-    if _is_collection(metric):
-        return all(map(_is_cheap, metric.values()))
-    state = getattr(metric, "metric_state", None)
-    is_list = not isinstance(state, Mapping) or any(isinstance(part, list) for part in state.values())
-    return not is_list and type(metric).__name__ != "R2Score"  # which fails on a single sample
-
-
-def _to_number(value: object) -> LogValue:
-    tensor = torch.as_tensor(value)
-    return float(tensor) if tensor.numel() == 1 else tensor.tolist()
 
 
 def _same_shape(outputs: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

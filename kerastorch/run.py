@@ -40,10 +40,11 @@ from kerastorch.first_batch import (
 )
 from kerastorch.history import History
 from kerastorch.losses import Loss, LossFunction
-from kerastorch.metrics import AnyMetric, LogValue, PassSums, known_logs, may_name_results
+from kerastorch.metrics import AnyMetric, LogValue, known_logs, may_name_results
 from kerastorch.optimizers import single_optimizers
 from kerastorch.progress import Progress
 from kerastorch.resume import check_states, get_content, restore
+from kerastorch.sums import PassSums
 
 if TYPE_CHECKING:
     from kerastorch.callbacks import Callback, CallbackList
@@ -100,6 +101,7 @@ class RunningLogs(Mapping[str, LogValue]):
 
     def _read(self) -> dict[str, LogValue]:
         if self._values is None:
+            self._sums.flush()
             self._values = self._sums.running()
         return self._values
 
@@ -355,6 +357,7 @@ class Run:
             return
         callbacks, sums, k = self.callbacks, self.train_sums, self.gradient_accumulation_steps
         self.sums = sums
+        sums.clones_targets = self.train_data.may_reuse_memory
         self._window = []
         is_first = True
         batches = self.train_data.epoch(self.steps_per_epoch, done=self.batches_done, look_ahead=k > 1)
@@ -540,8 +543,11 @@ class Run:
             raise TypeError(f"a step must return (loss, outputs) with a tensor as loss, got {type(loss).__name__}.")
         if loss.dim() and loss.numel() != 1:
             raise ValueError(f"a step must return a scalar loss, got shape {tuple(loss.shape)}: return its mean.")
-        outputs = map_nested(_detach, outputs) if self.sums.all_metrics else None
-        self.loss = loss.detach()
+        if not self.sums.all_metrics:
+            outputs = None
+        else:
+            outputs = _detach(outputs) if isinstance(outputs, Tensor) else map_nested(_detach, outputs)
+        self.loss = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
         self.sums.update(self.loss, outputs, y, self.num_samples, sample_weight, self.loss_fn.parts)
 
     def log(self, **values: Tensor | float) -> None:
@@ -562,6 +568,7 @@ class Run:
         callbacks, sums = self.callbacks, self.val_sums
         self.sums = sums
         sums.reset()
+        sums.clones_targets = self.val_data.may_reuse_memory
         is_in_fit = self.train_data is not None
         random_state = get_random_state(*self.generators) if is_in_fit else None
         if is_in_fit and callbacks.writes_resume_points:

@@ -17,7 +17,7 @@ import kerastorch as kt
 from kerastorch import progress
 from kerastorch.callbacks import Callback, CSVLogger, EarlyStopping, ModelCheckpoint
 from kerastorch.loops import function_loop as page
-from kerastorch.metrics import PassSums
+from kerastorch.sums import PassSums
 
 ROWS, BATCH = 10, 4  # batches of 4, 4 and 2
 

@@ -21,8 +21,9 @@ from torchmetrics.classification import (
 import kerastorch as kt
 from kerastorch.callbacks import EMA, BackupAndRestore, EarlyStopping, ModelCheckpoint, ReduceLROnPlateau
 from kerastorch.checkpoint import CheckpointError, check_plain, write_checkpoint
-from kerastorch.metrics import METRICS, WEIGHTED, PassSums, make_metrics, make_output_metrics
+from kerastorch.metrics import METRICS, WEIGHTED, make_metrics, make_output_metrics
 from kerastorch.resume import bare_module, check_callbacks, find_checkpoint, training_weights
+from kerastorch.sums import PassSums
 
 CPU = torch.device("cpu")
 

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from kerastorch.data.in_memory import row_reader
 from kerastorch.data.resumable import (
     Position,
     RestoringInit,
@@ -37,7 +38,8 @@ class Passes:
         self.batches, self.name = batches, name
         self.position = 0
         self._loader = batches if isinstance(batches, DataLoader) else None
-        self._reader = batches  # what is iterated: these batches, or a copy of their loader that keeps its position
+        self._plain_reader: Iterable[Any] = row_reader(batches) or batches
+        self._reader = self._plain_reader  # what is iterated; or a copy of the loader that keeps its workers' position
         self._count = 0  # of passes begun
         self._start: Mapping[str, Any] = {}  # random states when the running pass began
         self._workers: dict[int, bytes | Mapping[str, Any]] = {}  # random states after the last batch of each
@@ -69,7 +71,7 @@ class Passes:
         else:
             iterator = self._take_up(state)
         self._count += 1
-        return iterator if self._reader is self.batches else self._from_workers(iterator)
+        return iterator if self._reader is self._plain_reader else self._from_workers(iterator)
 
     def end(self) -> None:
         """Note that the pass is over."""
@@ -77,7 +79,7 @@ class Passes:
 
     def release(self) -> None:
         """Let go of a copied loader, and with it of its workers."""
-        self._reader = self.batches
+        self._reader = self._plain_reader
 
     def keep_position(self) -> None:
         """Read from now on in such a way that state_dict() tells all that an exact resume needs."""
@@ -171,14 +173,15 @@ class Passes:
             )
             workers = {}
         blanks = skip % loader.num_workers if loader.num_workers else 0
-        self._reader = reader = resumable_loader(loader, blanks=blanks)
+        reader = resumable_loader(loader, blanks=blanks)
         sampler = cast(ResumableSampler, reader.batch_sampler)
         # Workers that persist are not started anew by a later pass; here they are, and that draws a seed.
         keeps_workers = state.get("keeps_workers", True)
         start = self._start if keeps_workers else None
         sampler.position = Position(skip, start, now, self.generators, blanks, prefetches=loader.num_workers > 0)
         if loader.num_workers == 0:
-            return iter(reader)
+            return iter(row_reader(reader) or reader)
+        self._reader = reader
         self._count = max(self._count, int(keeps_workers))
         self._workers = dict(workers)
         init = cast(RestoringInit, reader.worker_init_fn)

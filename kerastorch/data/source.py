@@ -70,6 +70,14 @@ class BatchSource:
         """Whether a short last batch is left out."""
         return getattr(getattr(self.batches, "batch_sampler", None), "drop_last", False)
 
+    @property
+    def may_reuse_memory(self) -> bool:
+        """Whether a batch's tensors may be written over with the next one's: all but torch's own collate may do so."""
+        collate = getattr(self.batches, "collate_fn", None)
+        while isinstance(collate, WeightedCollate):
+            collate = collate.collate
+        return collate is not default_collate
+
     def release(self) -> None:
         """Let go of the running pass, and with it of a loader's workers."""
         self._iterator = None

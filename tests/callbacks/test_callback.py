@@ -10,7 +10,7 @@ from torch import nn
 import kerastorch as kt
 from kerastorch.callbacks import CallbackList, LambdaCallback
 from kerastorch.callbacks.callback import HOOKS
-from kerastorch.metrics import PassSums
+from kerastorch.sums import PassSums
 
 X = torch.tensor([[0.0], [1.0], [2.0], [3.0]])
 Y = torch.zeros(4, 1)

@@ -1,0 +1,171 @@
+"""Tensors in memory read a batch of rows at a time: what a DataLoader over them gives, without its row-by-row work.
+
+Sisters: arrays.py and weights.py below, passes.py above.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset, default_collate
+
+from kerastorch.data.arrays import NestedDataset, default_sampler
+from kerastorch.data.weights import WeightedBatch, WeightedCollate, WeightedDataset
+from kerastorch.device import Nested, leaves, map_nested
+
+CHUNK_BYTES = 2**18  # rows of several small batches are read at once, up to this
+
+
+@dataclass
+class Rows:
+    """Tensors in memory whose first axis is rows.
+
+    tensors: what rows are read of.   kept: which rows there are, all where None.   collate: makes a batch, as the
+    loader's own would be, of the tensors of its rows.
+    """
+
+    tensors: list[Tensor]
+    kept: Tensor | None
+    collate: Callable[[Sequence[Tensor]], Any]
+
+    def take(self, index: Tensor) -> list[Tensor]:
+        """Return the tensors of these rows: index is int64 of shape (N,)."""
+        if self.kept is not None:
+            index = self.kept[index]
+        return [tensor.index_select(0, index) for tensor in self.tensors]
+
+    @property
+    def versions(self) -> list[int]:
+        """Numbers that change where a tensor is written to."""
+        return [tensor._version for tensor in self.tensors]
+
+
+class RowReader:
+    """Gives the batches of a DataLoader over tensors: the same rows, order and random draws.
+
+    loader: one that _find_rows() knows.   rows: what that returned.
+    """
+
+    def __init__(self, loader: DataLoader[Any], rows: Rows) -> None:
+        self.loader, self.rows = loader, rows
+        self._pins = loader.pin_memory and torch.cuda.is_available()
+
+    def __iter__(self) -> Iterator[Any]:
+        loader = self.loader
+        lists = iter(cast(Any, loader.batch_sampler))
+        torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # the seed that a loader draws here
+        batches = self._in_order() if self._has_plain_order() else map(self._fetch, lists)
+        return map(_pin, batches) if self._pins else batches
+
+    def _has_plain_order(self) -> bool:
+        """Whether the sampler's order may be drawn at once: no generator of the user's sees the moment."""
+        sampler = default_sampler(self.loader)
+        return sampler is not None and not (isinstance(sampler, RandomSampler) and sampler.generator is not None)
+
+    def _in_order(self) -> Iterator[Any]:
+        import numpy as np
+
+        batch_sampler = cast(Any, self.loader.batch_sampler)
+        size = batch_sampler.batch_size
+        order = torch.from_numpy(np.fromiter(batch_sampler.sampler, np.int64))
+        if batch_sampler.drop_last:
+            order = order[: len(order) // size * size]
+        for chunk in order.split(size * self._batches_at_once(size)):
+            yield from self._read(chunk, size)
+
+    def _batches_at_once(self, size: int) -> int:
+        """Return how many batches to read together: one where a later one would not begin on a cache line."""
+        nbytes = [tensor[:1].nbytes * size for tensor in self.rows.tensors]
+        return 1 if any(count % 64 for count in nbytes) else max(1, CHUNK_BYTES // max(1, sum(nbytes)))
+
+    def _read(self, order: Tensor, size: int) -> Iterator[Any]:
+        rows, versions, done = self.rows, self.rows.versions, 0
+        for batch in zip(*(tensor.split(size) for tensor in rows.take(order)), strict=True):
+            if rows.versions != versions:  # a step wrote to the data
+                yield from self._read(order[done:], size)
+                return
+            yield rows.collate(batch)
+            done += size
+
+    def _fetch(self, indices: Any) -> Any:
+        """Return the batch of a list of indices; anything but plain ones goes the loader's own way."""
+        try:
+            index = torch.tensor(indices)
+            if index.dtype == torch.int64 and index.dim() == 1:
+                return self.rows.collate(self.rows.take(index))
+        except (TypeError, ValueError, IndexError, RuntimeError):
+            pass
+        dataset: Any = self.loader.dataset
+        return self.loader.collate_fn([dataset[i] for i in indices])
+
+
+def row_reader(batches: object) -> RowReader | None:
+    """Return the reader of a plain DataLoader of batches over tensors in memory, without workers; None for any other.
+
+    Such are a TensorDataset, arrays as fit takes them, either with sample weights, and a Subset of one; of ordinary
+    tensors on one device, put together by torch's default_collate.
+    """
+    if type(batches) is not DataLoader or batches.num_workers or batches.batch_sampler is None:
+        return None
+    rows = _find_rows(batches.dataset, batches.collate_fn)
+    return None if rows is None else RowReader(batches, rows)
+
+
+def _find_rows(dataset: Any, collate: object) -> Rows | None:
+    if type(dataset) is Subset:
+        inner, index = _find_rows(dataset.dataset, collate), _as_index(dataset.indices)
+        if inner is None or index is None:
+            return None
+        return replace(inner, kept=index if inner.kept is None else inner.kept[index])
+    if type(dataset) is WeightedDataset and type(collate) is WeightedCollate:
+        inner = _find_rows(dataset.dataset, collate.collate)
+        if inner is None or inner.kept is not None:  # whose rows are numbered anew
+            return None
+        of_batch = inner.collate
+        return Rows(
+            [*inner.tensors, dataset.sample_weight], None, lambda parts: WeightedBatch(of_batch(parts[:-1]), parts[-1])
+        )
+    if collate is not default_collate:
+        return None
+    if type(dataset) is TensorDataset:
+        return Rows(list(dataset.tensors), None, list) if _are_plain(dataset.tensors) else None
+    if type(dataset) is NestedDataset and _are_plain(dataset.rows):
+        nest = dataset.rows
+        return Rows(list(leaves(nest)), None, lambda parts: _nest_like(nest, iter(parts)))
+    return None
+
+
+def _as_index(indices: Any) -> Tensor | None:
+    try:
+        index = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices))
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return index if index.dtype == torch.int64 and index.dim() == 1 else None
+
+
+def _are_plain(nest: Nested) -> bool:
+    return all(
+        type(leaf) is Tensor
+        and leaf.device.type == "cpu"
+        and leaf.layout is torch.strided
+        and not (leaf.requires_grad or leaf.is_quantized)
+        for leaf in leaves(nest)
+    )
+
+
+def _nest_like(nest: Nested, parts: Iterator[Tensor]) -> Nested:
+    """Return parts nested as nest is, with lists for plain tuples, as default_collate has them."""
+    if isinstance(nest, Mapping):
+        return {key: _nest_like(item, parts) for key, item in nest.items()}
+    if isinstance(nest, (tuple, list)):
+        items = [_nest_like(item, parts) for item in nest]
+        return type(nest)(*items) if hasattr(nest, "_fields") else items
+    return next(parts)
+
+
+def _pin(batch: Any) -> Any:
+    return map_nested(lambda tensor: tensor.pin_memory(), batch)
