@@ -6,18 +6,23 @@ python -m kerastorch eject [--style script|function|class]: print the same train
 from __future__ import annotations
 
 import argparse
+import inspect
 import sys
+import textwrap
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 import kerastorch as kt
 from kerastorch.callbacks import EarlyStopping, ModelCheckpoint
+from kerastorch.eject import STYLES, eject_model
 from kerastorch.loops import LOOPS
 
 EPOCHS = 30
+VALIDATION_SPLIT = 0.15
 
 
 def make_net() -> nn.Module:
@@ -66,17 +71,44 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+class _OneBatch(kt.Callback):
+    """Ends fit where it has shown what eject needs to know."""
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        self.model.stop_training = True
+
+
+# What stands around train() in the ejected file: what it trains on, and what it reached.
+BEFORE = """
+# kerastorch is here for its digits alone: put tensors of your own, x, y, x_test, y_test, in place of these lines.
+from kerastorch.datasets import digits
+
+(x, y), (x_test, y_test) = digits()
+
+torch.manual_seed(0)
+net = {net}
+"""
+AFTER = """
+net.eval()
+with torch.no_grad():
+    accuracy = (net(x_test).argmax(1) == y_test).double().mean().item()
+print(f"test accuracy: {accuracy:.4f}")
+"""
+
+
 def _eject(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m kerastorch eject", description="Print the job's training as a file of plain PyTorch."
     )
-    styles = ("script", "function", "class")
-    parser.add_argument("--style", choices=styles, default="script", help="how its loop reads (default: script)")
+    parser.add_argument("--style", choices=STYLES, default="script", help="how its loop reads (default: script)")
     style = parser.parse_args(argv).style
     (x, y), _ = kt.datasets.digits()
     model = make_model("cpu", "script")
-    model.fit(x[:64], y[:64], epochs=EPOCHS, validation_split=0.5, verbose=0)  # which shows what the batches are
-    print(model.eject(style, callbacks=make_callbacks(Path("runs/digits"))), end="")
+    model.fit(x, y, epochs=EPOCHS, validation_split=VALIDATION_SPLIT, callbacks=_OneBatch(), verbose=0)
+    net = textwrap.dedent(inspect.getsource(make_net).partition("    return ")[2]).strip()
+    net = "\n".join(line.removeprefix("    ") for line in net.splitlines())
+    around = BEFORE.replace("{net}", net), AFTER
+    print(eject_model(model, style, callbacks=make_callbacks(Path("runs/digits")), around=around), end="")
     return 0
 
 
@@ -91,7 +123,7 @@ def _train(loop: str, epochs: int, device: str, out: Path) -> None:
     )
 
     checkpoint, stop = make_callbacks(out)
-    model.fit(x_train, y_train, epochs=epochs, validation_split=0.15, callbacks=[checkpoint, stop])
+    model.fit(x_train, y_train, epochs=epochs, validation_split=VALIDATION_SPLIT, callbacks=[checkpoint, stop])
 
     history_path = out / "history.csv"
     columns = model.history.history

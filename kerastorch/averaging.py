@@ -11,6 +11,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from kerastorch.device import bare_module
 
+EXTRA_STATE = "_extra_state"  # the last part of its key in a state_dict
+
 
 class WeightAverage:
     """What EMA and SWA keep: torch's AveragedModel of the net, and the exchange of the two.
@@ -41,11 +43,17 @@ class WeightAverage:
         self.averaged_net.update_parameters(self.net)
 
     def published_state_dict(self) -> dict[str, Any]:
-        """Return the averaged weights under the net's keys; the net's own before the average has begun."""
+        """Return the averaged weights under the net's keys; the net's own before the average has begun.
+
+        What the net's modules keep as extra state can't be averaged: it is the net's.
+        """
+        own: dict[str, Any] = self.net.state_dict()
         if self.is_swapped or not self.has_begun:
-            return self.net.state_dict()
+            return own
         module: nn.Module = self.averaged_net.module
-        return module.state_dict()
+        average: dict[str, Any] = module.state_dict()
+        average.update({key: own[key] for key in own if key.rpartition(".")[2] == EXTRA_STATE})
+        return average
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -61,4 +69,4 @@ class WeightAverage:
     def adopt(self) -> None:
         """Give the net the average for good, where that was asked for and there is one."""
         if self.keeps and self.has_begun:
-            self.net.load_state_dict(self.averaged_net.module.state_dict())
+            self.net.load_state_dict(self.published_state_dict())

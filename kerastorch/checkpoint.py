@@ -24,7 +24,12 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor, nn
 
+from kerastorch.file_lock import FileLock
+
 PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype)
+MAX_DEPTH, MAX_VALUES, MAX_EXPANDED_BYTES = 100, 10**7, 10**6  # of a file that may be forged
+IS_FOLDER = 0x10  # in a zip entry's attributes, as DOS had them
+CAN_NOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what a file system says that syncs no folders
 
 
 class CheckpointError(RuntimeError):
@@ -36,13 +41,15 @@ def write_checkpoint(
 ) -> None:
     """Write content (tensors and plain containers) to path so that a crash leaves the old file or the new one, whole.
 
-    The file opens with torch.load(path, weights_only=True). What killed writers of this file left behind is removed.
+    The file opens with torch.load(path, weights_only=True); where path is a link it is the link's target. What killed
+    writers of this file left behind is removed.
     last_good: the file that the error names as still whole, where path itself does not exist yet.
     Raises TypeError, naming the key, for content that such a file can't hold; OSError, with the path, the reason and
     the bytes needed, where it can't be written.
     """
     check_plain(content)
-    path = Path(path)
+    path = Path(os.path.realpath(path))
+    good = path if os.path.exists(path) else last_good
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # a link may have been planted there
@@ -55,7 +62,7 @@ def write_checkpoint(
         with suppress(OSError):  # where the folder has gone too
             temporary.unlink(missing_ok=True)
         if isinstance(error, (OSError, RuntimeError)):  # torch's zip writer makes a RuntimeError of a full disk
-            raise _not_written(error, path, content, last_good) from error
+            raise _not_written(error, path, content, good) from error
         raise
     remove_leftovers(path.parent, path.name.__eq__)
 
@@ -101,18 +108,18 @@ class CheckpointWriter:
     """
 
     def __init__(self, owner: str, place: Path, *, is_async: bool) -> None:
-        from filelock import FileLock, Timeout  # comes with torch
-
         self.is_async = is_async
         self.last_path: Path | None = None
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         name = re.sub(r"[^\w.-]", "_", place.name)
-        self._lock = FileLock(place.with_name(f".{name}.lock"), timeout=0)
+        lock = place.with_name(f".{name}.lock")
         try:
-            self._lock.acquire()
-        except Timeout:
-            raise ValueError(f"{owner} can't write to {str(place)!r}: another callback or run writes there.") from None
+            self._lock = FileLock(lock)
+        except BlockingIOError:
+            raise ValueError(
+                f"{owner} can't write to {str(place)!r}: another callback or run writes there (it holds {str(lock)!r})."
+            ) from None
 
     def write(self, path: Path, content: Mapping[str, Any], after: Callable[[], None]) -> None:
         """Write content to path, then call after(). Raises as write_checkpoint; in a thread, at the next call."""
@@ -138,8 +145,6 @@ class CheckpointWriter:
         try:
             self.wait()
         finally:
-            with suppress(OSError):  # where the folder has gone
-                Path(self._lock.lock_file).unlink(missing_ok=True)
             self._lock.release()
 
     def _write(self, path: Path, content: Mapping[str, Any], after: Callable[[], None]) -> None:
@@ -186,7 +191,7 @@ def _find_damage(file: IO[bytes], size: int) -> str | None:
                 return "its parts are compressed, which torch.save does not do"
             if sum(entry.file_size for entry in entries) > size:
                 return "it would unpack to more bytes than it has"
-            if any(entry.is_dir() or entry.external_attr & _IS_FOLDER for entry in entries):
+            if any(entry.is_dir() or entry.external_attr & IS_FOLDER for entry in entries):
                 return "a part of it is a folder"
             bad = archive.testzip()
             return None if bad is None else f"its part {bad!r} has another checksum than when it was written"
@@ -226,10 +231,6 @@ def _check_tensor(tensor: Tensor) -> None:
     nbytes = tensor.numel() * tensor.element_size()
     if tensor.layout is torch.strided and nbytes > max(tensor.untyped_storage().nbytes(), MAX_EXPANDED_BYTES):
         raise ValueError(f"it has a tensor of shape {tuple(tensor.shape)} with less data than that")
-
-
-MAX_DEPTH, MAX_VALUES, MAX_EXPANDED_BYTES = 100, 10**7, 10**6
-_IS_FOLDER = 0x10  # in a zip entry's attributes, as DOS had them
 
 
 def check_plain(value: object, key: str = "") -> None:
@@ -302,7 +303,7 @@ class _WholeWriter(io.RawIOBase):
 
 
 def _not_written(
-    error: BaseException, path: Path, content: Mapping[str, Any], last_good: str | os.PathLike[str] | None
+    error: BaseException, path: Path, content: Mapping[str, Any], good: str | os.PathLike[str] | None
 ) -> OSError:
     first: BaseException | None = error
     while first is not None and not isinstance(first, OSError):
@@ -312,7 +313,6 @@ def _not_written(
     needed = f"it takes about {_format_bytes(num_bytes(content))}"
     if path.parent.is_dir():
         needed += f", {_format_bytes(shutil.disk_usage(path.parent).free)} are free on its disk"
-    good = path if path.exists() else last_good
     still = f"; {str(good)!r} of before is still whole" if good is not None else ""
     return OSError(number, f"checkpoint {str(path)!r} could not be written: {reason}; {needed}{still}")
 
@@ -337,5 +337,8 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CAN_NOT_SYNC:
+            raise
     finally:
         os.close(descriptor)

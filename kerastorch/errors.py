@@ -1,4 +1,4 @@
-"""The words of an error: "did you mean", lists of what is known, and names turned into objects.
+"""The words of an error: "did you mean", lists of what is known, checks of arguments, and names turned into objects.
 
 Every table of names in the package (losses, optimizers, schedulers, metrics, loops) is looked up through here.
 """
@@ -6,8 +6,10 @@ Every table of names in the package (losses, optimizers, schedulers, metrics, lo
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -52,3 +54,24 @@ def check_int(argument: str, value: object, at_least: int = 1) -> None:
         raise TypeError(f"{argument} must be an int, got {value!r} ({type(value).__name__}).")
     if int(value) < at_least:
         raise ValueError(f"{argument} must be at least {at_least}, got {value}.")
+
+
+def is_number(value: object) -> bool:
+    """Whether value is a real number, of python or numpy, and no flag."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_number(argument: str, value: object) -> None:
+    """Raise TypeError or ValueError naming the argument and the value met, unless value is a number and not NaN."""
+    if not is_number(value):
+        raise TypeError(f"{argument} must be a number, got {value!r} ({type(value).__name__}).")
+    if value != value:  # only NaN is not itself
+        raise ValueError(f"{argument} must be a number, got {value!r}.")
+
+
+def warn(message: str) -> None:
+    """Warn at the line outside the package that led here: the user's fit(), as a rule."""
+    package, level, frame = __name__.partition(".")[0], 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (package, "contextlib"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -92,7 +92,7 @@ class Loss:
                 f"{describe(losses.detach())}: weights need shape (N,), and a loss that gives one value per sample."
             )
         weighted: Tensor = losses * sample_weight
-        reduction = _keyword(self.fn, "reduction", "mean")
+        reduction = keyword_of(self.fn, "reduction", "mean")
         if reduction == "sum":
             return weighted.sum()
         if reduction == "batchmean":
@@ -149,7 +149,7 @@ class Loss:
             fn: Any = copy.copy(self.fn)  # shares weights and parameters
             fn.reduction = "none"
             return cast(LossFunction, fn)
-        if "reduction" in _parameter_names(self.fn):
+        if "reduction" in parameter_names(self.fn):
             return functools.partial(cast(Callable[..., Tensor], self.fn), reduction="none")
         return self.fn
 
@@ -222,7 +222,7 @@ def loss_scale(fn: object) -> str:
 def ignored_class(fn: object) -> int | None:
     """Return the class index that this loss leaves out, None where it leaves none out."""
     if _unwrapped(fn) in (F.cross_entropy, F.nll_loss):
-        given: int = _keyword(fn, "ignore_index", -100)
+        given: int = keyword_of(fn, "ignore_index", -100)
         return given
     return getattr(fn, "ignore_index", None)
 
@@ -238,7 +238,8 @@ def _unwrapped(fn: Any) -> Any:
     return _unwrapped(fn.func) if isinstance(fn, functools.partial) else fn
 
 
-def _keyword(fn: object, name: str, default: Any) -> Any:
+def keyword_of(fn: object, name: str, default: Any) -> Any:
+    """Return a setting of a loss: a keyword of a partial, an attribute of anything else."""
     return fn.keywords.get(name, default) if isinstance(fn, functools.partial) else getattr(fn, name, default)
 
 
@@ -258,8 +259,9 @@ _SCALES: dict[str, tuple[object, ...]] = {
 }
 
 
-def _parameter_names(function: Callable[..., object]) -> set[str]:
+def parameter_names(function: Callable[..., object]) -> set[str]:
+    """Return the names of what a function takes; none for a builtin without a signature."""
     try:
         return set(inspect.signature(function).parameters)
-    except (TypeError, ValueError):  # builtins without a signature
+    except (TypeError, ValueError):
         return set()

@@ -10,7 +10,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -74,8 +74,9 @@ _HIGHER_IS_BETTER: dict[str, bool | None] = {
     "perplexity": False,
     "confusion_matrix": None,
 }
-_JOINED_CLASSES = {cls for cls, _ in REGRESSION.values()} | {
-    task + cls for task in ("Binary", "Multiclass", "Multilabel") for cls, *_ in CLASSIFICATION.values()
+# Of torchmetrics' own objects: not those that look in each update whether scores are logits, nor sums that cancel.
+_JOINED_CLASSES = {"MeanAbsolutePercentageError", "CosineSimilarity"} | {
+    f"Multiclass{cls}" for cls, _, reads in CLASSIFICATION.values() if cls and reads == "classes"
 }
 MAX_ELEMENTS = 10**8  # of one sample, in a checkpoint that may be forged
 COUNTED_HERE = {name for name, (cls, *_) in {**CLASSIFICATION, **REGRESSION}.items() if not cls} | {"perplexity"}
@@ -92,16 +93,28 @@ WEIGHTED = (
 )
 
 
+class Recipe(NamedTuple):
+    """A metric in plain torchmetrics: the object torchmetrics.cls(**arguments), updated with outputs and y, as code."""
+
+    cls: str
+    arguments: dict[str, Any]
+    outputs: str = "outputs"
+    y: str = "y"
+    suffix: str = ""  # code after the call
+
+
 class NamedMetric:
     """A metric known by name, made when the first outputs and targets tell what task it is.
 
     scale: what the loss takes outputs for (losses.loss_scale).   ignore_index: targets of this class do not count.
+    recipe: the same in torchmetrics, once it is made; None where torchmetrics has none.
     """
 
     def __init__(self, name: str, scale: str, ignore_index: int | None = None) -> None:
         self.name, self.scale, self.ignore_index = name, scale, ignore_index
         self.higher_is_better = _HIGHER_IS_BETTER[name]
         self.metric: Any = None
+        self.recipe: Recipe | None = None
         self.inferred_from: list[Any] = []  # shape and dtype of the outputs, and of the targets
 
     def clone(self) -> NamedMetric:
@@ -146,8 +159,12 @@ class NamedMetric:
             raise self._ambiguous(outputs, y, "it takes (N,) or (N, D)")
         if outputs.numel() != y.numel():
             raise self._ambiguous(outputs, y, "outputs and targets differ in size")
+        flat = "" if outputs.shape == y.shape else ".flatten()"
+        of_double = (f"outputs{flat}.double()", f"y{flat}.double()", ".set_dtype(torch.float64)")
         if not cls:
             is_absolute = self.name in ("mae", "mean_absolute_error")
+            same = "regression.MeanAbsoluteError" if is_absolute else "regression.MeanSquaredError"
+            self.recipe = Recipe(same, {"squared": False} if self.name.startswith("r") else {}, *of_double)
             self.metric = MeanMetric(_absolute_error if is_absolute else _squared_error, root=self.name.startswith("r"))
             return
         if self.name == "cosine_similarity" and outputs.dim() != 2:
@@ -161,6 +178,7 @@ class NamedMetric:
 
         self.prepare: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = prepare
         self.metric = getattr(torchmetrics, cls)(**arguments).set_dtype(dtype).to(outputs.device)
+        self.recipe = Recipe(f"regression.{cls}", arguments, *of_double)
 
     def _infer_perplexity(self, outputs: Tensor, y: Tensor) -> None:
         if (
@@ -187,7 +205,19 @@ class NamedMetric:
             raise self._ambiguous(outputs, y, "dimension 1 could be labels, rows of an image or steps in time")
         scores: Callable[[Tensor], Tensor] = _SCORES.get(self.scale, _identity)
         is_one_hot = task == "Multiclass" and y.dim() == outputs.dim()
+        flat = ".flatten()" if task == "Binary" and outputs.shape != y.shape else ""
+        of_outputs = f"outputs{flat}{_SCORES_TEXTS.get(self.scale, '')}"
+        of_y = f"(y{flat} > 0.5).long()"
+        if task == "Multiclass":
+            of_outputs = of_outputs if reads == "scores" else "outputs"
+            of_y = "y.argmax(1)" if is_one_hot else "y"
         if not cls:
+            counts: dict[str, Any] = {}
+            if task != "Binary":
+                counts = {"num_classes" if task == "Multiclass" else "num_labels": outputs.shape[1], "average": "micro"}
+            if task == "Multiclass" and self.ignore_index is not None:
+                counts["ignore_index"] = self.ignore_index
+            self.recipe = Recipe(f"classification.{task}Accuracy", counts, of_outputs, of_y)
             threshold = 0.0 if self.scale == "label_logits" else 0.5
             ignored = self.ignore_index
 
@@ -218,6 +248,7 @@ class NamedMetric:
                 return torch.stack((1 - yes, yes), 1), (y.flatten() > 0.5).long()
 
             self.prepare = of_both
+            of_outputs = f"(outputs{flat} > {0 if self.scale == 'label_logits' else 0.5}).long()"
         elif task == "Binary":
             arguments.pop("average", None)
             self.prepare = lambda outputs, y: (scores(outputs.flatten().float()), (y.flatten() > 0.5).long())
@@ -233,6 +264,10 @@ class NamedMetric:
         if made is None:
             raise self._ambiguous(outputs, y, f"it is not defined for a {task.lower()} task")
         self.metric = made(**arguments).to(outputs.device)
+        shown = {name: value for name, value in arguments.items() if name != "validate_args" and value is not None}
+        shown = {name: shown[name] for name in sorted(shown, key=lambda name: not name.startswith("num_"))}
+        if reads == "classes" or "num_classes" not in shown or self.scale not in ("label_logits", "probabilities"):
+            self.recipe = Recipe(f"classification.{task}{cls}", shown, of_outputs, of_y)
 
     def _task(self, outputs: Tensor, y: Tensor) -> str:
         wide = outputs.dim() > 1 and outputs.shape[1] > 1
@@ -512,3 +547,4 @@ _SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "class_logits": _softmax,
     "log_probabilities": torch.exp,
 }
+_SCORES_TEXTS = {"label_logits": ".sigmoid()", "class_logits": ".softmax(1)", "log_probabilities": ".exp()"}

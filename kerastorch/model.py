@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import traceback
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from numbers import Real
@@ -12,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from kerastorch.callbacks import Callback, CallbackList
 from kerastorch.check import check_model
@@ -37,6 +39,7 @@ from kerastorch.device import (
 from kerastorch.eject import eject_model
 from kerastorch.errors import check_choice, check_int, did_you_mean
 from kerastorch.history import History
+from kerastorch.jit import compile_arguments, told_apart
 from kerastorch.loops import Loop, has_own_train_step, is_own_loop, make_loop
 from kerastorch.losses import LOSSES, LossFunction, LossSpec, OutputLosses, ignored_class, loss_scale, make_loss
 from kerastorch.metrics import AnyMetric, LogValue, make_metrics, make_output_metrics
@@ -44,6 +47,7 @@ from kerastorch.optimizers import (
     OPTIMIZERS,
     OptimizerSpec,
     SchedulerSpec,
+    copy_options,
     make_optimizer,
     make_optimizers,
     make_scheduler,
@@ -78,6 +82,7 @@ class Model:
         self.history = History(self)
         self._compiled: Compiled | None = None
         self._loop = make_loop("script")
+        self._is_jit = self._is_channels_last = False
         self._run: Run | None = None
         self.last_fit = LastFit()
 
@@ -93,10 +98,12 @@ class Model:
         lr_scheduler_interval: Literal["epoch", "step"] = "epoch",
         param_groups: Mapping[str, Mapping[str, Any]] | None = None,
         mixed_precision: Literal["bf16", "fp16"] | None = None,
-        gradient_accumulation_steps: int = 1,
+        gradient_accumulation_steps: int | Literal["auto"] = 1,
         clip_grad_norm: float | None = None,
         clip_grad_value: float | None = None,
         unpack: Callable[[Any], Any] | None = None,
+        jit_compile: bool | Mapping[str, Any] = False,
+        channels_last: bool = False,
         loop: str | type[Loop] | Loop = "script",
         **unknown: NoReturn,
     ) -> None:
@@ -116,22 +123,37 @@ class Model:
         param_groups: {glob on parameter names: optimizer options}, the first match counts.
         mixed_precision: autocast in "bf16" or "fp16" (with a GradScaler).
         gradient_accumulation_steps: batches to an optimizer update; exact for short batches and at the epoch's end.
+        "auto": one, cut into parts where a GPU's memory is too small for it (the same within rounding, but for batch
+        norm and dropout, which see the parts).
         clip_grad_norm, clip_grad_value: > 0, in the gradients' units, after accumulation.
         unpack: batch -> x, (x, y) or (x, y, sample_weight), for loaders and Datasets whose batches have another form.
-        loop: "script", "function", "class", a Loop class or object.
+        jit_compile: compile the net in place by torch.compile; a dict holds its arguments. The first batches take
+        seconds; what follows is the same within rounding.
+        channels_last: keep images and convolutions' weights with the channels last in memory, which GPUs' tensor cores
+        and bf16 on CPUs like.
+        loop: "script", "function", "class" (equal to the bit), "graph" (the whole step as one graph, equal within
+        rounding), a Loop class or object.
         Raises ValueError or TypeError for what is not known or does not fit, naming the nearest known.
         """
         _refuse_unknown("compile", unknown, Model.compile)
         _refuse_swapped(loss, optimizer)
         check_choice("lr_scheduler_interval", lr_scheduler_interval, ("epoch", "step"))
         check_choice("mixed_precision", mixed_precision, (None, *AUTOCAST_DTYPES))
-        check_int("gradient_accumulation_steps", gradient_accumulation_steps)
+        cuts_batches = gradient_accumulation_steps == "auto"
+        num_steps = 1 if gradient_accumulation_steps == "auto" else gradient_accumulation_steps
+        check_int("gradient_accumulation_steps", num_steps)
         for argument, value in (("clip_grad_norm", clip_grad_norm), ("clip_grad_value", clip_grad_value)):
             if value is not None and (isinstance(value, (bool, str)) or not value > 0):
                 raise ValueError(f"{argument} must be above 0, got {value!r}.")
         if unpack is not None and not callable(unpack):
             raise TypeError(f"unpack must be a function of a batch, got {unpack!r}.")
+        jit_arguments = compile_arguments(self.net, jit_compile, self.device)
         made_loop = make_loop(loop)
+        if cuts_batches and (has_own_train_step(made_loop) or loop == "graph"):
+            raise ValueError(
+                "gradient_accumulation_steps='auto' cuts batches into parts, for which a train_step of your own and "
+                "loop='graph' are not made: give a number, or use loop='script'."
+            )
         loss_fn = make_loss(loss, self.device, loss_weights)
         if not isinstance(optimizer, Mapping):
             made_optimizer = make_optimizer(optimizer, self.net, loss_fn, param_groups)
@@ -149,6 +171,7 @@ class Model:
                 "LBFGS calls the loss several times a step through a closure, which the built-in loops do not give it: "
                 "subclass ClassLoop and call self.optimizer.step(closure) in train_step."
             )
+        options = copy_options(made_optimizer)  # before a scheduler changes them
         scheduler = make_scheduler(lr_scheduler, made_optimizer)
         if lr_scheduler_interval == "step" and (scheduler is None or isinstance(scheduler, ReduceLROnPlateau)):
             given = "no lr_scheduler" if scheduler is None else "ReduceLROnPlateau, which reads an epoch's loss"
@@ -165,12 +188,25 @@ class Model:
             lr_scheduler=scheduler,
             lr_scheduler_interval=lr_scheduler_interval,
             mixed_precision=mixed_precision,
-            gradient_accumulation_steps=gradient_accumulation_steps,
+            gradient_accumulation_steps=num_steps,
+            cuts_batches=cuts_batches,
             clip_grad_norm=clip_grad_norm,
             clip_grad_value=clip_grad_value,
             unpack=unpack,
+            jit_compile=jit_compile,
+            channels_last=channels_last,
+            param_groups=options,
         )
         self._loop = made_loop
+        if self._is_jit:
+            self.net._compiled_call_impl = None  # what Module.compile() set; nothing public takes it back
+        self._is_jit = jit_arguments is not None
+        if jit_arguments is not None:
+            self.net.compile(**jit_arguments)
+        if channels_last or self._is_channels_last:
+            self.net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+        self._is_channels_last = channels_last
+        self.last_fit = LastFit()
 
     def fit(
         self,
@@ -215,7 +251,7 @@ class Model:
         on_interrupt: Ctrl-C or the stop button ends fit at the next optimizer step, after a last checkpoint and
         on_train_end; then fit may "return" its History or "raise" KeyboardInterrupt; "auto" returns where somebody
         types (a notebook, a prompt). With a callback that writes resume points SIGTERM does the same and exits with
-        status 143. A second signal ends fit at once.
+        status 143. A second signal ends fit at once; an evaluate or predict of a callback's own runs to its end first.
         A loss of NaN goes on and shows in the History; callbacks.TerminateOnNaN ends it.
         Shuffling and dropout draw from torch's seed as a hand-written loop over the same loader does.
         Raises RuntimeError before compile(), ValueError or TypeError for arguments and data that don't fit.
@@ -242,11 +278,13 @@ class Model:
         if not shuffle:
             warn_if_shuffled(data)
         val_data: BatchSource | None = None
+        val_given = validation_data
         val_unpack = compiled.unpack if needs_unpack(validation_data, None) else None
         if validation_data is None and validation_split:
             if not isinstance(validation_split, Real) or not 0 < validation_split < 1:
                 raise ValueError(f"validation_split must be between 0 and 1, got {validation_split!r}.")
             data, validation_data = split_dataset(data, validation_split)
+            val_given = x
             val_unpack = compiled.unpack if needs_unpack(x, y) else None
         source = make_source(
             data,
@@ -266,6 +304,13 @@ class Model:
         elif (validation_steps, validation_batch_size, validation_freq) != (None, None, 1):
             raise ValueError("validation_steps, validation_batch_size and validation_freq need validation_data.")
 
+        given = {
+            "rows": _array_rows(x, source),
+            "val_rows": _array_rows(val_given, val_data),
+            "is_split": bool(validation_split) and val_given is x,
+            "is_tuple": isinstance(getattr(source.batches, "dataset", None), TensorDataset),
+            "shuffle": shuffle,
+        }
         progress = Progress(verbose)
         callback_list = CallbackList(callbacks)
         run = Run(
@@ -302,9 +347,14 @@ class Model:
                     check_content(run, run.resume_from, path)
                     progress.say(f"Going on from {path}.")
                 try:
-                    self._loop.fit(run)
+                    if compiled.cuts_batches:
+                        self._fit_in_memory(run, compiled)
+                    else:
+                        self._loop.fit(run)
+                    if not (run.history.epoch or found or run.stop_training or run.interrupt):
+                        raise RuntimeError("the loop's fit trained no epoch: it must go over run.epoch_range().")
                 finally:
-                    self.last_fit = run.describe_fit(class_weight)
+                    self.last_fit = run.describe_fit(class_weight, **given)
         finally:
             self.history.extend(run.history)
         if run.interrupt is not None:
@@ -337,6 +387,8 @@ class Model:
         with preserved_random_state(*run.generators), self._running(run):
             run.progress.begin("Evaluate", steps or run.num_batches)
             self._loop.evaluate(run)
+            if not run.val_logs:
+                raise RuntimeError("the loop's evaluate recorded nothing: it must go over run.eval_batches().")
             run.progress.end(run.val_logs)
         if return_dict:
             return run.val_logs
@@ -410,7 +462,7 @@ class Model:
         style: Literal["script", "function", "class"],
         path: str | os.PathLike[str] | None = None,
         *,
-        callbacks: Iterable[Callback] | None = None,
+        callbacks: Iterable[Callback] | Callback | None = None,
         class_weight: Mapping[int, float] | None = None,
     ) -> str:
         """Return the training of this model as one file of plain PyTorch, and write it to path if given.
@@ -467,6 +519,16 @@ class Model:
     def optimizer(self) -> Optimizer | None:
         """The optimizer of compile(), None before it."""
         return self._compiled.optimizer if self._compiled is not None else None
+
+    @property
+    def compiled(self) -> Compiled | None:
+        """What compile() settled, None before it; to be read."""
+        return self._compiled
+
+    @property
+    def loop(self) -> Loop:
+        """The loop that trains."""
+        return self._loop
 
     @property
     def stop_training(self) -> bool:
@@ -526,7 +588,8 @@ class Model:
         self._loop.bind(run)
         try:
             run.callbacks.begin(self, run, run.params)
-            yield
+            with told_apart(self._compiled is not None and self._compiled.jit_compile):
+                yield
         except BaseException:
             with suppress(Exception):  # what went wrong first comes out
                 run.callbacks.close()
@@ -543,6 +606,19 @@ class Model:
                 module.training = flag
             run.progress.close()
 
+    def _fit_in_memory(self, run: Run, compiled: Compiled) -> None:
+        """Train; begin again at the batch that was too large, in parts, where compile() was told to."""
+        while True:
+            try:
+                return self._loop.fit(run)
+            except torch.OutOfMemoryError as error:
+                run.cut_more(error)
+                compiled.num_parts = run.num_parts
+                traceback.clear_frames(error.__traceback__)  # which hold the tensors of the step
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
     def _scheduler(self, run: Run, compiled: Compiled) -> AbstractContextManager[LRScheduler | None]:
         if not isinstance(compiled.lr_scheduler, str):
             return nullcontext(compiled.lr_scheduler)
@@ -557,6 +633,14 @@ def _one_batch(compiled: Compiled | None, x: Any, y: Any, sample_weight: Any, ve
         parts = (x, y, sample_weight)
     batch = tuple(to_tensors(part, target=i == 1) for i, part in enumerate(parts))
     return BatchSource([batch], name=f"{verb}()'s batch")
+
+
+def _array_rows(given: Any, source: BatchSource | None) -> int | None:
+    """Return the rows of arrays, None for data that came as a Dataset or in batches."""
+    dataset = getattr(source.batches, "dataset", None) if source is not None else None
+    if type(dataset) is not TensorDataset or isinstance(given, (Dataset, DataLoader)):
+        return None
+    return len(dataset)
 
 
 def _make_metrics(metrics: Any, loss_fn: LossFunction, *, weighted: bool = False) -> dict[str, AnyMetric]:

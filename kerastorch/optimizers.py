@@ -350,6 +350,14 @@ def _make_schedulers(
     return NamedSchedulers(made)
 
 
+def copy_options(optimizer: Optimizer) -> list[dict[str, Any]]:
+    """Return each param group's options as they are now, without the parameters."""
+    return [
+        {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items() if key != "params"}
+        for group in optimizer.param_groups
+    ]
+
+
 def set_option(group: dict[str, Any], key: str, value: Any) -> None:
     """Set an option of a param group; a tensor in place, since the optimizer may hold it in a compiled step."""
     if isinstance(group[key], Tensor):

@@ -6,8 +6,8 @@ import copy
 import math
 import os
 import platform
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,16 @@ from torch.optim import Optimizer
 
 from kerastorch.checkpoint import CheckpointError, check_plain, copy_to_cpu, newest_first, read_checkpoint
 from kerastorch.device import bare_module, describe, get_random_state, set_random_state
+from kerastorch.errors import warn
 from kerastorch.optimizers import NamedOptimizers, describe_kinds
 
 if TYPE_CHECKING:
     from kerastorch.callbacks.callback import Callback, Checkpointer
     from kerastorch.run import Run
+
+COUNTERS = ("initial_epoch", "epochs", "batches_done", "batches_seen", "step")
+FLAGS = ("epoch_is_trained", "train_end_is_due", "stop_training")
+SLOTS_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "acc_delta", "prev", "ax")
 
 
 def get_content(run: Run, loss: float) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def get_content(run: Run, loss: float) -> dict[str, Any]:
     content["callbacks"] = _get_states(one for one in run.callbacks.callbacks if one not in writers)
     content["checkpointers"] = _get_states(writers)
     content["run"] = {
-        **{name: getattr(run, name) for name in _COUNTERS},
+        **{name: getattr(run, name) for name in (*COUNTERS, *FLAGS)},
         "optimizer": describe_kinds(run.optimizer),
         "lr_scheduler": describe_kinds(run.lr_scheduler),
         "history": run.history.state_dict(),
@@ -61,9 +66,6 @@ def get_content(run: Run, loss: float) -> dict[str, Any]:
     }
     content["versions"] = {"torch": torch.__version__.split("+")[0], "python": platform.python_version()}
     return content
-
-
-_COUNTERS = ("initial_epoch", "epochs", "batches_done", "batches_seen", "step", "epoch_is_trained", "stop_training")
 
 
 def find_checkpoint(
@@ -78,7 +80,9 @@ def find_checkpoint(
     if resume is False:
         return None
     if resume is not None and resume is not True:
-        path = Path(resume)
+        if not isinstance(resume, (str, os.PathLike)):
+            raise TypeError(f"resume must be True, False, None or a checkpoint's path, got {resume!r}.")
+        path = Path(resume).expanduser()
         return read_checkpoint(path), path
     writers = [one for one in checkpointers if one.writes_resume_points and (resume or one.resumes_by_itself)]
     if resume and not writers:
@@ -94,7 +98,7 @@ def find_checkpoint(
             failures.append(str(error))
             continue
         if failures:
-            warnings.warn(f"{' '.join(failures)} Going on from {str(path)!r} instead.", stacklevel=3)
+            warn(f"{' '.join(failures)} Going on from {str(path)!r} instead.")
         return content, path
     if failures:
         raise CheckpointError(f"no checkpoint can be read, so the run can't go on: {' '.join(failures)}")
@@ -152,13 +156,15 @@ def _check_form(content: Mapping[str, Any], name: str) -> None:
     state = content.get("run", {})
     if not isinstance(content.get("epoch", 0), int) or content.get("epoch", 0) < -1:
         problem = f"its epoch is {describe(content['epoch'])}"
-    elif not isinstance(state, dict) or (state and set(_COUNTERS) - set(state)):
+    elif not isinstance(state, dict) or (state and {*COUNTERS, *FLAGS} - set(state)):
         problem = "its run has not all counters"
     elif state:
-        for counter in _COUNTERS:
-            is_flag = counter in ("epoch_is_trained", "stop_training")
-            if type(state[counter]) is not (bool if is_flag else int) or not 0 <= state[counter] < 2**63:
-                problem = f"its {counter} is not {'a flag' if is_flag else 'a count'}"
+        for counter in COUNTERS:
+            if type(state[counter]) is not int or not 0 <= state[counter] < 2**63:
+                problem = f"its {counter} is not a count"
+        for flag in FLAGS:
+            if type(state[flag]) is not bool:
+                problem = f"its {flag} is not a flag"
         for key in ("history", "earlier_history"):
             rows = state.get(key)
             if not isinstance(rows, dict) or not all(isinstance(rows.get(part), list) for part in ("epoch", "logs")):
@@ -192,21 +198,35 @@ def _is_count(value: object) -> bool:
 
 
 def restore(run: Run, content: Mapping[str, Any]) -> None:
-    """Bring run to where content was saved; random states and callbacks' states come last.
+    """Bring run to where content was saved; callbacks' states, random states and the data's position come last.
 
-    Raises CheckpointError, and leaves net, optimizer and random states as they were, where a part can't be taken up.
+    Raises CheckpointError, and leaves net, optimizer and random states as they were, where a part can't be taken up;
+    what a callback of the user's own raises comes out as it is.
     """
     before = copy_to_cpu(get_content(run, 0.0))
     before["training_model_state_dict"] = before.get("training_model_state_dict", before["model_state_dict"])
     try:
-        _restore(run, content)
-    except Exception as error:
+        with _as_checkpoint_error(run):
+            _restore_own(run, content)
+        if "run" in content:
+            _restore_callbacks(run, content)
+            with _as_checkpoint_error(run):
+                _restore_streams(run, content["run"])
+    except BaseException:
         _restore_modules(run, before)
-        for name in _COUNTERS:
+        for name in (*COUNTERS, *FLAGS):
             setattr(run, name, before["run"][name])
         run.history.load_state_dict(before["run"]["history"])
         run.earlier_history.load_state_dict(before["run"]["earlier_history"])
         set_random_state(before["run"]["random_state"])
+        raise
+
+
+@contextmanager
+def _as_checkpoint_error(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
         raise CheckpointError(f"{run.resume_path!r} can't be taken up: {type(error).__name__}: {error}") from error
 
 
@@ -221,19 +241,20 @@ def _restore_modules(run: Run, content: Mapping[str, Any]) -> None:
     bare_module(run.net).load_state_dict(training_weights(content))
 
 
-def _restore(run: Run, content: Mapping[str, Any]) -> None:
+def _restore_own(run: Run, content: Mapping[str, Any]) -> None:
     _restore_modules(run, content)
     run.epochs_done = content["epoch"] + 1
     state = content.get("run")
     if state is None:
-        warnings.warn(
+        warn(
             "the checkpoint is of the plain recipe, without random states and counters: training goes on after its "
-            "epoch, but not exactly as an uninterrupted run would; an lr_scheduler starts anew.",
-            stacklevel=2,
+            "epoch, but not exactly as an uninterrupted run would; an lr_scheduler starts anew."
         )
         return
-    for name in set(_COUNTERS) - {"epochs"}:
+    for name in {*COUNTERS, *FLAGS} - {"epochs"}:
         setattr(run, name, state[name])
+    if run.epochs > state["epochs"]:
+        run.stop_training = False  # more was asked for since
     for optimizer in (
         run.optimizer.optimizers.values() if isinstance(run.optimizer, NamedOptimizers) else [run.optimizer]
     ):
@@ -242,15 +263,27 @@ def _restore(run: Run, content: Mapping[str, Any]) -> None:
     run.earlier_history.load_state_dict(state["earlier_history"])
     if state["sums"] is not None:
         run.train_sums.load_state_dict(state["sums"])
+
+
+def _restore_callbacks(run: Run, content: Mapping[str, Any]) -> None:
+    """Load the states of callbacks; warn of those that decided something and have no callback here."""
     writers = run.callbacks.checkpointers
-    unknown = _set_states((one for one in run.callbacks.callbacks if one not in writers), content["callbacks"])
+    others = [one for one in run.callbacks.callbacks if one not in writers]
+    unknown = _set_states(run, others, content["callbacks"])
+    states = content["checkpointers"]
+    unknown += [name for name in _set_states(run, writers, states) if "monitor" in _watches(states[name])]
     for name in unknown:
-        warnings.warn(f"the checkpoint holds the state of {name}, which this fit does not have.", stacklevel=2)
-    _set_states(writers, content["checkpointers"])
+        watches = _watches({**content["callbacks"], **states}[name])
+        watched = f" (it had {', '.join(f'{part}={value!r}' for part, value in watches.items())})" if watches else ""
+        warn(f"the checkpoint holds the state of {name}, which this fit does not have{watched}: it is left out.")
+
+
+def _restore_streams(run: Run, state: Mapping[str, Any]) -> None:
     set_random_state(state["random_state"])
     for source, position in ((run.val_data, state["val_data"]), (run.train_data, state["train_data"])):
         if source is not None and position is not None:
             source.load_state_dict(position)
+            source.warn_where_inexact()
 
 
 def check_states(run: Run) -> None:
@@ -285,13 +318,38 @@ def _get_states(callbacks: Iterable[Callback]) -> dict[str, Any]:
     return {name: state for name, callback in _named(callbacks) if (state := callback.state_dict())}
 
 
-def _set_states(callbacks: Iterable[Callback], states: Mapping[str, Any]) -> list[str]:
-    """Load the states that have a callback here; return the names of those that have none."""
-    named = dict(_named(callbacks))
+def _set_states(run: Run, callbacks: Iterable[Callback], states: Mapping[str, Any]) -> list[str]:
+    """Load each state into its callback; return the names of those that have none here."""
+    waiting, without = _named(callbacks), []
     for name, state in states.items():
-        if name in named:
-            named[name].load_state_dict(state)
-    return [name for name in states if name not in named]
+        found = next((pair for pair in waiting if _is_for(pair, name, state)), None)
+        if found is None:
+            without.append(name)
+            continue
+        waiting.remove(found)
+        with _as_checkpoint_error(run) if is_built_in(found[1]) else nullcontext():
+            found[1].load_state_dict(state)
+    return without
+
+
+def _is_for(named: tuple[str, Callback], name: str, state: object) -> bool:
+    """Whether a state is that callback's: by its place among those of its class or, better, by what it watches."""
+    own_name, callback = named
+    watches = _watches(state)
+    if not watches:
+        return own_name == name
+    kind = type(callback).__name__
+    return name.partition(" ")[0] == kind and _watches(callback.state_dict()) == watches
+
+
+def _watches(state: object) -> Mapping[str, Any]:
+    watches = state.get("watches") if isinstance(state, Mapping) else None
+    return watches if isinstance(watches, Mapping) else {}
+
+
+def is_built_in(thing: object) -> bool:
+    """Whether a thing's class is kerastorch's own."""
+    return type(thing).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
 def _compare(what: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
@@ -352,9 +410,6 @@ def _is_alike(one: object, other: object) -> bool:
     return type(one) is type(other)
 
 
-_SLOTS_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "acc_delta", "prev", "ax")
-
-
 def _compare_slots(saved: Mapping[str, Any], groups: list[dict[str, Any]]) -> list[str]:
     problems = []
     parameters = [parameter for group in groups for parameter in group["params"]]
@@ -365,12 +420,12 @@ def _compare_slots(saved: Mapping[str, Any], groups: list[dict[str, Any]]) -> li
             problems.append(f"optimizer: the state of parameter {index} is {describe(slots)}")
             continue
         for slot, value in slots.items():
-            kinds = (Tensor, type(None)) if slot in _SLOTS_LIKE_PARAMETER else (Tensor, int, float)
-            if slot in (*_SLOTS_LIKE_PARAMETER, "step") and not isinstance(value, kinds):
+            kinds = (Tensor, type(None)) if slot in SLOTS_LIKE_PARAMETER else (Tensor, int, float)
+            if slot in (*SLOTS_LIKE_PARAMETER, "step") and not isinstance(value, kinds):
                 problems.append(f"optimizer: {slot!r} of parameter {index} is {describe(value)}")
             if slot == "step" and isinstance(value, Tensor) and value.numel() != 1:
                 problems.append(f"optimizer: 'step' of parameter {index} has shape {tuple(value.shape)}")
-            if slot in _SLOTS_LIKE_PARAMETER and isinstance(value, Tensor) and value.shape != parameter.shape:
+            if slot in SLOTS_LIKE_PARAMETER and isinstance(value, Tensor) and value.shape != parameter.shape:
                 shapes = f"{tuple(value.shape)} in the checkpoint, but parameter {index} is {tuple(parameter.shape)}"
                 problems.append(f"optimizer: {slot!r} has shape {shapes}")
     return problems

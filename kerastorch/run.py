@@ -39,6 +39,7 @@ from kerastorch.first_batch import (
     watched_layers,
 )
 from kerastorch.history import History
+from kerastorch.jit import mark_batch_axis
 from kerastorch.losses import Loss, LossFunction
 from kerastorch.metrics import AnyMetric, LogValue, known_logs, may_name_results
 from kerastorch.optimizers import single_optimizers
@@ -64,10 +65,15 @@ class Compiled:
     lr_scheduler_interval: str = "epoch"
     mixed_precision: str | None = None
     gradient_accumulation_steps: int = 1
+    cuts_batches: bool = False  # where memory is too small
+    num_parts: int = 1  # what a batch is cut into
     clip_grad_norm: float | None = None
     clip_grad_value: float | None = None
     weighted_metrics: dict[str, AnyMetric] = field(default_factory=dict)
     unpack: Callable[[Any], Any] | None = None
+    jit_compile: bool | Mapping[str, Any] = False
+    channels_last: bool = False
+    param_groups: list[dict[str, Any]] = field(default_factory=list)  # their options before any scheduler changed them
     looked_at: set[tuple[object, ...]] = field(default_factory=set)  # kinds of batches that passed the first look
 
 
@@ -75,20 +81,34 @@ class Compiled:
 class LastFit:
     """What eject needs to know of the last fit; as it is before the first.
 
-    kind, target_kind: "tensor", "tuple", "dict" or "none", by the first batch.   validated: None where that is open.
-    sample_weights: whether training and validation batches had some.   inferred: {metric: what it was inferred from}.
+    kind, target_kind: "tensor", "tuple" or "dict" of tensors, "none" or "other", by the first batch.
+    target: shape of a sample's target and its dtype, where it is one tensor.   epochs: asked for, a final index.
+    validated: None where that is open.   has_length: whether the number of batches is known.
+    is_tuple: whether a batch without target is (x,), not x.   rows: of the arrays given to train on; None where they
+    were a Dataset or a loader.   val_rows: likewise.   is_split: whether those are the last rows of the same arrays.
+    sample_weights, unpacks, batch_sizes: of training and validation.   inferred: {metric: what it was inferred from}.
     """
 
     callbacks: list[Callback] = field(default_factory=list)
     class_weight: Mapping[int, float] | None = None
     kind: str = "tensor"
     target_kind: str = "tensor"
+    target: tuple[tuple[int, ...], torch.dtype] | None = None
+    epochs: int | None = None
+    initial_epoch: int = 0
     validated: bool | None = None
+    has_length: bool = True
+    is_tuple: bool = True
+    rows: int | None = 0
+    val_rows: int | None = 0
+    is_split: bool = False
+    shuffle: bool = True
     validation_freq: int | Collection[int] = 1
     steps_per_epoch: int | None = None
     validation_steps: int | None = None
-    batch_size: int | None = None
+    batch_sizes: tuple[int | None, int | None] = (None, None)
     sample_weights: tuple[bool, bool] = (False, False)
+    unpacks: tuple[bool, bool] = (False, False)
     inferred: dict[str, list[Any]] = field(default_factory=dict)
 
 
@@ -125,6 +145,7 @@ class Run:
     forward: calls net with x as it came: net(x) for a tensor (then it is net itself), net(*x), net(**x).
     epoch, batch: indices from 0.   step: optimizer updates since fit began.   num_samples: rows in this batch.
     step_is_due: whether this batch ends an accumulation window.   stop_training: set it to end fit after this batch.
+    window: samples of each batch since the last update.
     x, loss: this training batch's inputs and detached loss, on the device; None before the first.
     epochs_done: the index after the last finished epoch's.   batches_done: batches of the running epoch, 0 at its end.
     batches_seen: batches since fit began.   interrupt: the signal that asked to stop (SIGINT, SIGTERM), or None.
@@ -168,6 +189,8 @@ class Run:
         self.logs_are_known = False  # whether log_names lists all that can ever be monitored
         self.added_logs: list[str] = []  # keys that callbacks say, in on_train_begin, they will add to an epoch's logs
 
+        self.is_jit = compiled is not None and compiled.jit_compile is not False
+        self._is_channels_last = compiled is not None and compiled.channels_last
         self.mixed_precision: str | None = None
         self.lr_scheduler: LRScheduler | None = None
         self.lr_scheduler_spans = compiled is not None and isinstance(compiled.lr_scheduler, str)  # this fit's epochs
@@ -177,6 +200,7 @@ class Run:
             self.lr_scheduler_interval = compiled.lr_scheduler_interval
             self.mixed_precision = compiled.mixed_precision
             self.gradient_accumulation_steps = compiled.gradient_accumulation_steps
+            self.cuts_batches, self.num_parts = compiled.cuts_batches, compiled.num_parts
             self.clip_grad_norm, self.clip_grad_value = compiled.clip_grad_norm, compiled.clip_grad_value
             self.train_sums = PassSums(compiled.metrics, device, compiled.weighted_metrics)
             self.val_sums = PassSums(compiled.metrics, device, compiled.weighted_metrics)
@@ -193,12 +217,14 @@ class Run:
         self.batch = self.step = self.num_samples = 0
         self.batches_done = self.batches_seen = 0
         self.epoch_is_trained = False  # and may lack its validation
+        self.train_end_is_due = False  # whether it lacks what on_train_epoch_end does as well
         self.interrupt: int | None = None
         self._is_cut = False  # whether an interrupt ended the running epoch
         self.average: WeightAverage | None = None
         self.step_is_due = True
         self.stop_training = False
         self.kinds = ("tensor", "tensor")  # of x and y
+        self.target: tuple[tuple[int, ...], torch.dtype] | None = None  # shape of a sample's, and dtype
         self.has_sample_weight = self.has_val_sample_weight = False
         self.x: Nested = None
         self.loss: Tensor | None = None
@@ -208,7 +234,11 @@ class Run:
         self._forward_tuple = lambda x: net(*x)
         self._forward_dict = lambda x: net(**x)
         self._epoch_logs: dict[str, LogValue] | None = None
-        self._window: list[int] = []  # samples of each batch since the last optimizer step
+        self.window: list[int] = []
+        self._batches: Iterator[tuple[Any, bool]] = iter(())  # of the running epoch
+        self._held: tuple[Any, ...] | None = None  # the batch that is trained on, where it may have to be repeated
+        self._held_random_state: dict[str, Any] = {}  # and those that it began with
+        self._unrecorded: list[tuple[Any, ...]] = []  # what its parts gave
         self._predictions = Predictions()
         self.joins, self.last_outputs = joins, None  # whether predictions of all batches are kept, or the last
 
@@ -239,7 +269,8 @@ class Run:
         """Let go of what the call no longer needs: its callbacks' hold on it, and loader workers between two epochs."""
         self.callbacks.end()
         self._watch.close()
-        self.x = self.loss = self.resume_from = None
+        self.x = self.loss = self.resume_from = self._held = None
+        self._batches, self._unrecorded = iter(()), []
         if self.average is not None and self.average.is_swapped:  # by a validation that failed
             self.average.swap()
         self.average = None
@@ -263,20 +294,23 @@ class Run:
         A resumed run goes on where its checkpoint was written, which is when all other hooks of the moment are through.
         """
         self.optimizer.zero_grad()  # an earlier fit may have been cut between backward and step
-        self.callbacks.on_train_begin({})
-        self._prepare_checkpoints()
+        if self._held is None:
+            self.callbacks.on_train_begin({})
+            self._prepare_checkpoints()
         if self.resume_from is not None:
             restore(self, self.resume_from)
+            self._say_if_stopped(self.resume_from)
         logs = self.history.last_logs
         for epoch in range(self.epochs_done, self.epochs):
             if (self.stop_training and not self.batches_done) or self.interrupt is not None:
                 break
-            self.epoch, self.batch = epoch, self.batches_done - 1
-            self.val_logs, self._epoch_logs = {}, None
-            if not self.batches_done:
-                self.train_sums.reset()
-            self.progress.begin(f"Epoch {epoch + 1}/{self.epochs}", self.num_batches)
-            self.callbacks.on_epoch_begin(epoch, {})
+            if self._held is None:
+                self.epoch, self.batch = epoch, self.batches_done - 1
+                self.val_logs, self._epoch_logs = {}, None
+                if not self.batches_done:
+                    self.train_sums.reset()
+                self.progress.begin(f"Epoch {epoch + 1}/{self.epochs}", self.num_batches)
+                self.callbacks.on_epoch_begin(epoch, {})
             if self.resume_from is not None and self.batches_done:  # in the run that goes on, the hook came before
                 restore(self, self.resume_from)
             self.resume_from = None  # it is of the net's size
@@ -284,6 +318,11 @@ class Run:
             if self._is_cut:
                 break
             logs = self.epoch_logs()
+            if "loss" not in logs:
+                raise RuntimeError(
+                    f"epoch {epoch + 1} recorded no training batch: the loop must call "
+                    "run.record(loss, outputs, y, sample_weight) for each."
+                )
             self.progress.clear()
             self.callbacks.on_epoch_end(epoch, logs)
             self.history.append(epoch, logs)
@@ -354,34 +393,25 @@ class Run:
         """
         assert self.train_data is not None
         if self.epoch_is_trained:  # as a resumed run may find it
+            if self.train_end_is_due:
+                self._end_training()
             return
-        callbacks, sums, k = self.callbacks, self.train_sums, self.gradient_accumulation_steps
+        callbacks, sums = self.callbacks, self.train_sums
         self.sums = sums
-        sums.clones_targets = self.train_data.may_reuse_memory
-        self._window = []
-        is_first = True
-        batches = self.train_data.epoch(self.steps_per_epoch, done=self.batches_done, look_ahead=k > 1)
+        self.window = []
         is_stopped = self.stop_training and self.batches_done > 0  # in the life before this one
-        for (x, y, sample_weight), is_last in () if is_stopped else self._until_cut(batches):
-            self.batch += 1
-            x, y, sample_weight = self._begin_batch(x, y, sample_weight)
-            if is_first:
-                self.kinds, self.has_sample_weight = (_kind(x), _kind(y)), sample_weight is not None
-                self._look_at_inputs(x, y, sample_weight)
-            if self.class_weight is not None:
-                sample_weight = self.class_weight(y, sample_weight)
-            self.x = x
-            self._window.append(self.num_samples)
-            self.step_is_due = is_last or len(self._window) == k
-            if callbacks.has_train_batch_begin:
-                callbacks.on_train_batch_begin(self.batch, {})
-            yield x, y, sample_weight
-            if is_first:
-                self._watch.close()
-                is_first = False
+        for x, y, sample_weight, is_last in () if is_stopped else self._begun_batches():
+            for part in ((x, y, sample_weight),) if not self.cuts_batches else self._parts(x, y, sample_weight):
+                self.window.append(self.num_samples)
+                is_whole = len(self.window) == self.gradient_accumulation_steps
+                self.step_is_due = is_whole or (is_last and not self.cuts_batches)
+                yield part
+            self._watch.close()
+            if self.cuts_batches:
+                self._end_parts()
             if self.step_is_due:
                 self.step += 1
-                self._window = []
+                self.window = []
             self.batches_done, self.batches_seen = self.batch + 1, self.batches_seen + 1
             if callbacks.has_train_batch_end:
                 callbacks.on_train_batch_end(self.batch, RunningLogs(sums))
@@ -395,25 +425,105 @@ class Run:
                     break
         if self._is_cut:
             return self._cut_epoch()
-        callbacks.on_train_epoch_end(self.epoch, {})
+        self._end_training()
+
+    def _begun_batches(self) -> Iterator[tuple[Nested, Nested, Tensor | None, bool]]:
+        """Yield (x, y, sample_weight, is_last) for each batch, its hook fired; one to repeat comes first."""
+        assert self.train_data is not None
+        if self._held is not None:
+            set_random_state(self._held_random_state)
+            yield self._held
+        else:
+            self.train_sums.clones_targets = self.train_data.may_reuse_memory
+            look_ahead = self.gradient_accumulation_steps > 1
+            batches = self.train_data.epoch(self.steps_per_epoch, done=self.batches_done, look_ahead=look_ahead)
+            self._batches = self._until_cut(batches)
+        is_first = self._held is None
+        for (x, y, sample_weight), is_last in self._batches:
+            self.batch += 1
+            x, y, sample_weight = self._begin_batch(x, y, sample_weight)
+            if is_first:
+                self.kinds, self.has_sample_weight = (_kind(x), _kind(y)), sample_weight is not None
+                self.target = (tuple(y.shape[1:]), y.dtype) if isinstance(y, Tensor) else None
+                self._look_at_inputs(x, y, sample_weight)
+                is_first = False
+            if self.class_weight is not None:
+                sample_weight = self.class_weight(y, sample_weight)
+            self.x = x
+            if self.callbacks.has_train_batch_begin:
+                self.callbacks.on_train_batch_begin(self.batch, {})
+            if self.cuts_batches:
+                self._held, self._held_random_state = (x, y, sample_weight, is_last), get_random_state()
+            yield x, y, sample_weight, is_last
+
+    def _parts(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> Iterator[tuple[Any, Any, Any]]:
+        """Yield a batch in num_parts parts, between whose gradients no update is made."""
+        n = self.num_samples
+        size = math.ceil(n / self.num_parts)
+        self.gradient_accumulation_steps = math.ceil(n / size)
+        for start in range(0, n, size):
+            self.num_samples = min(size, n - start)
+            yield tuple(_rows(part, n, slice(start, start + size)) for part in (x, y, sample_weight))
+        self.num_samples = n
+
+    def _end_parts(self) -> None:
+        """Record what a batch's parts gave, now that none of them has to be repeated."""
+        for arguments in self._unrecorded:
+            self.train_sums.update(*arguments)
+        self._unrecorded, self._held = [], None
+
+    def cut_more(self, error: torch.OutOfMemoryError) -> None:
+        """Let the loop's next fit repeat the batch that was too large in twice as many parts.
+
+        Raises the error again where batches are not to be cut, or can't be.
+        """
+        rows = num_samples(self._held[0]) if self._held is not None else 0
+        if self.sums is not self.train_sums or rows < 2 * self.num_parts:
+            raise error
+        self.num_parts *= 2
+        self._unrecorded = []
+        self.num_samples = rows
+        self.progress.say(f"Out of memory: batches of {rows} are cut into {self.num_parts} parts for each update.")
+
+    def _end_training(self) -> None:
+        """Fire the hook that follows an epoch's training; an interrupt may cut what it does in forward_over()."""
         self.epoch_is_trained = True
+        self.callbacks.on_train_epoch_end(self.epoch, {})
+        self.train_end_is_due = self._is_cut  # then the resumed run fires it again
+        if self._is_cut:
+            self._cut_epoch()
+
+    @property
+    def is_full_batch(self) -> bool:
+        """Whether this batch is no short one; True where the batch size is not known."""
+        assert self.train_data is not None
+        return self.train_data.batch_size in (None, self.num_samples)
 
     # ---- checkpoints, interrupts, averaged weights ----
 
-    def describe_fit(self, class_weight: Mapping[int, float] | None) -> LastFit:
-        """Return what eject needs to know of this fit."""
+    def describe_fit(self, class_weight: Mapping[int, float] | None, **data: Any) -> LastFit:
+        """Return what eject needs to know of this fit.   data: how the data was given, in LastFit's words."""
         assert self.train_data is not None
         return LastFit(
+            **data,
             callbacks=self.callbacks.callbacks,
             class_weight=class_weight,
             kind=self.kinds[0],
             target_kind=self.kinds[1],
+            target=self.target,
+            epochs=self.epochs,
+            initial_epoch=self.initial_epoch,
+            has_length=self.train_data.num_batches is not None,
             validated=self.val_data is not None,
             validation_freq=self.validation_freq,
             steps_per_epoch=self.steps_per_epoch,
             validation_steps=self.validation_steps,
-            batch_size=self.train_data.batch_size,
+            batch_sizes=(self.train_data.batch_size, self.val_data.batch_size if self.val_data is not None else None),
             sample_weights=(self.has_sample_weight, self.has_val_sample_weight),
+            unpacks=(
+                self.train_data.unpack is not None,
+                self.val_data is not None and self.val_data.unpack is not None,
+            ),
             inferred=self.train_sums.inferred_from,
         )
 
@@ -438,6 +548,17 @@ class Run:
         """Return the weights that validation sees: the average where EMA or SWA keep one, else the net's. Bare keys."""
         return bare_module(self.net).state_dict() if self.average is None else self.average.published_state_dict()
 
+    def _say_if_stopped(self, content: Mapping[str, Any]) -> None:
+        """Tell why a run that a callback ended is not trained on when it is resumed, or that it is."""
+        state = content.get("run", {})
+        if not state.get("stop_training") or self.epochs_done >= self.epochs:
+            return
+        stopped = f"A callback ended this run in epoch {self.epochs_done + bool(self.batches_done)}"
+        if self.stop_training:
+            self.progress.say(f"{stopped}: no more is trained; epochs above {state['epochs']} would go on.")
+        else:
+            self.progress.say(f"{stopped}; now it goes on.")
+
     def _until_cut(self, batches: Iterator[Any]) -> Iterator[Any]:
         """Yield batches; cut the epoch where they fail because the signal that interrupts ended the workers too."""
         try:
@@ -451,7 +572,7 @@ class Run:
         """End an interrupted epoch where it is, after the last checkpoint; within an accumulation there is none."""
         self._is_cut = True
         self.progress.clear()
-        if not self._window:
+        if not self.window:
             self.callbacks.save("interrupt", RunningLogs(self.train_sums))
 
     @contextmanager
@@ -467,9 +588,12 @@ class Run:
             if self.average is not None and self.average.is_swapped:
                 self.average.swap()
 
-    def forward_over(self, source: BatchSource, net: nn.Module) -> None:
-        """Call net with each x of an epoch's worth of a source, as the loops call the run's net."""
-        for (x, _, _), _ in islice(source.one_pass(), self.steps_per_epoch):
+    def forward_over(self, source: BatchSource, net: nn.Module) -> bool:
+        """Call net with each x of an epoch's worth of a source, as the loops call the run's net.
+
+        Returns whether it came to the end; an interrupt cuts it, and the epoch with it.
+        """
+        for (x, _, _), _ in self._until_cut(islice(source.one_pass(), self.steps_per_epoch)):
             x = move_to_device(x, self.device)
             with self.autocast():
                 if isinstance(x, dict):
@@ -478,6 +602,10 @@ class Run:
                     net(*x)
                 else:
                     net(x)
+            if self.interrupt is not None:
+                self._is_cut = True
+                break
+        return not self._is_cut
 
     # ---- the step ----
 
@@ -485,7 +613,12 @@ class Run:
         """Return the autocast of compile(mixed_precision=...), or a context that does nothing."""
         if self.mixed_precision is None:
             return _NO_AUTOCAST
-        return torch.autocast(self.device.type, AUTOCAST_DTYPES[self.mixed_precision])
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """What autocast computes in, or None."""
+        return AUTOCAST_DTYPES.get(self.mixed_precision or "")
 
     def share(self, loss: Tensor) -> Tensor:
         """Return this batch's share of its window's loss; without accumulation the loss itself.
@@ -496,7 +629,7 @@ class Run:
         k = self.gradient_accumulation_steps
         if k == 1:
             return loss
-        n, b = self._window[-1], self._window[0]
+        n, b = self.window[-1], self.window[0]
         return loss / k if n == b else loss * n / (k * b)
 
     def prepare_gradients(self) -> None:
@@ -504,7 +637,7 @@ class Run:
 
         Unscales fp16 gradients where they are clipped. No sync.
         """
-        n, kb = sum(self._window), self.gradient_accumulation_steps * self._window[0]
+        n, kb = sum(self.window), self.gradient_accumulation_steps * self.window[0]
         clips = self.clip_grad_norm is not None or self.clip_grad_value is not None
         if n == kb and not clips:
             return
@@ -539,6 +672,11 @@ class Run:
 
     def record(self, loss: Tensor, outputs: Nested, y: Nested, sample_weight: Tensor | None = None) -> None:
         """Add this batch to the sums of the running pass. They stay on the device: no sync."""
+        if outputs is None and self.sums.all_metrics:
+            names = ", ".join(self.sums.all_metrics)
+            raise TypeError(
+                f"a step must return (loss, outputs); outputs is None, but the metrics ({names}) read them."
+            )
         if not isinstance(loss, Tensor):
             raise TypeError(f"a step must return (loss, outputs) with a tensor as loss, got {type(loss).__name__}.")
         if loss.dim() and loss.numel() != 1:
@@ -548,7 +686,11 @@ class Run:
         else:
             outputs = _detach(outputs) if isinstance(outputs, Tensor) else map_nested(_detach, outputs)
         self.loss = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
-        self.sums.update(self.loss, outputs, y, self.num_samples, sample_weight, self.loss_fn.parts)
+        if self._held is not None:
+            parts = dict(self.loss_fn.parts)
+            self._unrecorded.append((self.loss, outputs, y, self.num_samples, sample_weight, parts))
+        else:
+            self.sums.update(self.loss, outputs, y, self.num_samples, sample_weight, self.loss_fn.parts)
 
     def log(self, **values: Tensor | float) -> None:
         """Average scalars of a step, weighted by samples, into logs, History, bar and callbacks. No sync.
@@ -621,6 +763,8 @@ class Run:
 
         Raises ValueError for outputs without a batch axis.
         """
+        if outputs is None:
+            raise TypeError("predict_step must return the outputs of the batch, got None.")
         self.last_outputs = map_nested(to_numpy, outputs)
         if self.joins:
             self._predictions.append(self.last_outputs, self.num_samples)
@@ -635,6 +779,10 @@ class Run:
         if sample_weight is not None:
             sample_weight = move_to_device(sample_weight, self.device)
         self.num_samples = num_samples(x)
+        if self._is_channels_last:
+            x = map_nested(_channels_last, x)
+        if self.is_jit:
+            mark_batch_axis(x)
         if isinstance(x, Tensor):
             self.forward = self.net
         elif isinstance(x, dict):
@@ -662,13 +810,16 @@ class Run:
 
         self.loss_fn.on_first_batch = look_at_outputs
         self._watch.close()
-        self._watch.enter_context(watched_layers(self.net))
+        if not self.is_jit:  # hooks that come and go would compile the net anew
+            self._watch.enter_context(watched_layers(self.net))
 
 
 def _kind(value: Nested) -> str:
-    if value is None:
-        return "none"
-    return "dict" if isinstance(value, dict) else "tuple" if _is_tuple(value) else "tensor"
+    if value is None or isinstance(value, Tensor):
+        return "none" if value is None else "tensor"
+    kind = "dict" if isinstance(value, dict) else "tuple" if _is_tuple(value) else "other"
+    parts = value.values() if isinstance(value, dict) else value
+    return kind if kind != "other" and all(isinstance(part, Tensor) for part in parts) else "other"
 
 
 def _is_tuple(x: Nested) -> bool:
@@ -680,6 +831,20 @@ def _is_due(epoch: int, freq: int | Collection[int]) -> bool:
 
 
 _NO_AUTOCAST: AbstractContextManager[None] = nullcontext()
+
+
+def _rows(part: Nested, n: int, rows: slice) -> Nested:
+    """Return some rows of a batch of n; what has none stays whole."""
+
+    def take(leaf: Any) -> Any:
+        return leaf[rows] if isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) == n else leaf
+
+    return map_nested(take, part)
+
+
+def _channels_last(leaf: Any) -> Any:
+    is_image = isinstance(leaf, Tensor) and leaf.dim() == 4
+    return leaf.contiguous(memory_format=torch.channels_last) if is_image else leaf
 
 
 def _detach(output: Any) -> Any:

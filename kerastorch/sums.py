@@ -134,11 +134,16 @@ class PassSums:
             sample_weight = None
         if self.clones_targets:
             y, sample_weight = y.clone(), None if sample_weight is None else sample_weight.clone()
-        shapes = (outputs.shape, y.shape, sample_weight is None)
+        if self.clones_targets or outputs.untyped_storage().nbytes() != outputs.nbytes:
+            outputs = outputs.clone()  # it may be the inputs, or a part of what is larger, or of a parameter
+        shapes = (outputs.shape, y.shape, None if sample_weight is None else sample_weight.shape)
         if shapes != self._shapes:
             if self._collected and not _can_be_joined(self._collected[-1], (outputs, y, sample_weight)):
                 self._update_together()
-            self._shapes, self._batch_bytes = shapes, outputs.nbytes + y.nbytes
+            self._shapes, self._batch_bytes = (
+                shapes,
+                sum(t.nbytes for t in (outputs, y, sample_weight) if t is not None),
+            )
         self._collected.append((outputs, y, sample_weight))
         self._collected_bytes += self._batch_bytes
 
@@ -235,8 +240,9 @@ class PassSums:
 
 
 def _can_be_joined(batch: tuple[Tensor, Tensor, Nested], other: tuple[Tensor, Tensor, Nested]) -> bool:
-    return all(a.shape[1:] == b.shape[1:] for a, b in zip(batch[:2], other[:2], strict=True)) and (
-        (batch[2] is None) == (other[2] is None)
+    return all(
+        (a is None) == (b is None) and (a is None or a.shape[1:] == b.shape[1:])
+        for a, b in zip(batch, other, strict=True)
     )
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import stat
 import zipfile
 from collections import OrderedDict, defaultdict
 from pathlib import Path
@@ -319,3 +320,38 @@ def test_another_kind_of_file_is_refused_with_what_it_holds(tmp_path: Path) -> N
         read_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"none\.pt"):
         read_checkpoint(tmp_path / "none.pt")
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EBADF])
+def test_a_file_system_that_syncs_no_folders_is_written_to(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_to_sync_folders(monkeypatch, number)
+    write_checkpoint(tmp_path / "a.pt", make_content(1))
+    assert read_checkpoint(tmp_path / "a.pt")["epoch"] == 1
+
+
+def test_an_error_after_the_rename_names_the_file_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_to_sync_folders(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match=r"'before\.pt' of before is still whole"):
+        write_checkpoint(tmp_path / "a.pt", make_content(1), last_good="before.pt")
+
+
+def fail_to_sync_folders(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    sync = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        sync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_a_link_is_written_at_its_target(tmp_path: Path) -> None:
+    (tmp_path / "big").mkdir()
+    (tmp_path / "link.pt").symlink_to(tmp_path / "big" / "real.pt")
+    for epoch in (1, 2):
+        write_checkpoint(tmp_path / "link.pt", make_content(epoch))
+        assert (tmp_path / "link.pt").is_symlink()
+        assert read_checkpoint(tmp_path / "big" / "real.pt")["epoch"] == epoch

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kerastorch.errors import check_choice, check_int, did_you_mean, look_up
+from kerastorch.errors import check_choice, check_int, check_number, did_you_mean, look_up, warn
 
 TABLE = {"adam": 1, "adamw": 2, "sgd": 3, "bce_with_logits": 4}
 
@@ -80,3 +80,20 @@ def test_check_int_lets_counts_pass(value: int) -> None:
 def test_check_int_names_argument_and_value(value: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         check_int("epochs", value)
+
+
+def test_check_number_takes_numbers_and_says_what_is_none() -> None:
+    for value in (1, -0.5, float("inf")):
+        check_number("min_delta", value)
+    with pytest.raises(TypeError, match=r"min_delta must be a number, got '1' \(str\)"):
+        check_number("min_delta", "1")
+    with pytest.raises(TypeError, match=r"min_delta must be a number, got True \(bool\)"):
+        check_number("min_delta", True)
+    with pytest.raises(ValueError, match=r"min_delta must be a number, got nan"):
+        check_number("min_delta", float("nan"))
+
+
+def test_warn_points_at_the_line_outside_the_package() -> None:
+    with pytest.warns(UserWarning, match="odd") as warned:
+        warn("odd")
+    assert warned[0].filename == __file__

@@ -9,9 +9,9 @@ import kerastorch
 
 PACKAGE = Path(kerastorch.__file__).parent
 ROWS = [  # lowest first; a folder's base file lies below its sisters, its __init__ above them
-    {"datasets.digits", "errors"},
+    {"datasets.digits", "errors", "file_lock"},
     {"device", "datasets"},
-    {"losses", "optimizers", "metrics", "initializers", "progress", "plots", "report"},
+    {"jit", "losses", "optimizers", "metrics", "initializers", "progress", "plots", "report"},
     {"averaging", "checkpoint", "distributed", "stopping", "history", "first_batch", "data.arrays"},
     {"data.weights", "data.predictions", "data.resumable", "sums"},
     {"data.in_memory"},
@@ -24,13 +24,19 @@ ROWS = [  # lowest first; a folder's base file lies below its sisters, its __ini
     {"callbacks.*"},
     {"callbacks"},
     {"loops.loop"},
-    {"loops.*"},
+    {"graph", "loops.*"},
+    {"loops.graph_loop"},
     {"loops"},
+    {"eject.lines"},
+    {"eject.describe"},
+    {"eject.plan"},
+    {"eject.callbacks", "eject.own_steps", "eject.header"},
+    {"eject.stages"},
     {"eject", "export", "summary", "check"},
     {"model"},
     {"", "__main__"},
 ]
-HEAVY = {"filelock", "numpy", "pandas", "matplotlib", "torchmetrics", "torchvision", "tqdm", "IPython"}
+HEAVY = {"numpy", "pandas", "matplotlib", "torchmetrics", "torchvision", "tqdm", "IPython"}
 
 
 def module_name(path: Path) -> str:

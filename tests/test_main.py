@@ -1,6 +1,5 @@
 """The main job: python -m kerastorch."""
 
-import copy
 import os
 import re
 import signal
@@ -8,15 +7,14 @@ import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, TensorDataset
-from torchmetrics.classification import MulticlassAccuracy
 
 import kerastorch as kt
-from kerastorch.__main__ import main, make_callbacks, make_model, make_net
-from kerastorch.data import split_dataset
+from kerastorch.__main__ import main, make_net
+from kerastorch.eject import STYLES
 from kerastorch.loops import LOOPS
 
 
@@ -99,30 +97,34 @@ def test_a_folder_that_cannot_be_made_is_told_before_training(capsys, tmp_path):
 @pytest.mark.parametrize(
     "style", ["script", *(pytest.param(style, marks=pytest.mark.slow) for style in ("function", "class"))]
 )
-def test_the_ejected_job_trains_as_the_job_does(capsys, tmp_path, monkeypatch, style):
+def test_the_ejected_job_runs_as_it_is_and_equals_the_job(capsys, tmp_path, monkeypatch, style):
     monkeypatch.chdir(tmp_path)  # the file writes into runs/
     assert main(["eject", "--style", style]) == 0
     source = capsys.readouterr().out
-    assert "kerastorch" not in source.partition('"""')[2].partition("import")[2]
-    assert "epochs = 30" in source
-    module = types.ModuleType("ejected")
-    monkeypatch.setitem(sys.modules, "ejected", module)
+    code, _, job = source.partition('if __name__ == "__main__":')
+    assert "kerastorch" not in code
+    assert job.count("from kerastorch") == 1  # the digits
+    assert "epochs = 30\n" in job
+    source = source.replace("epochs = 30\n", "epochs = 2\n")
+    assert main(["--epochs", "2", "--device", "cpu", "--out", "job"]) == 0
+    (accuracy,) = re.findall(r"test accuracy: \S+", capsys.readouterr().out)
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # no thread of its own
+    module = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", module)
     exec(compile(source, "ejected.py", "exec"), vars(module))
+    assert accuracy in capsys.readouterr().out
+    ejected, fitted = (torch.load(path, weights_only=True) for path in ("runs/digits/best.pt", "job/best.pt"))
+    for name, value in fitted["model_state_dict"].items():
+        assert torch.equal(ejected["model_state_dict"][name], value), name
+    assert ejected["loss"] == pytest.approx(fitted["loss"], abs=1e-6)
 
-    (x, y), _ = kt.datasets.digits()
-    train, val = split_dataset(TensorDataset(x, y), 0.15)
-    model = make_model("cpu", style)
-    twin = copy.deepcopy(model.net)
-    torch.manual_seed(1)
-    history = model.fit(x, y, epochs=2, validation_split=0.15, callbacks=make_callbacks(tmp_path), verbose=0)
-    torch.manual_seed(1)
-    optimizer = torch.optim.Adam(twin.parameters(), lr=0.001, fused=True)
-    metrics = {"accuracy": MulticlassAccuracy(num_classes=10, average="micro")}
-    loaders = DataLoader(train, batch_size=32, shuffle=True), DataLoader(val, batch_size=32)
-    ejected = module.train(twin, optimizer, torch.nn.CrossEntropyLoss(), metrics, *loaders, 2)
-    for name, value in model.net.state_dict().items():
-        assert torch.equal(twin.state_dict()[name], value), name
-    assert list(ejected) == list(history.history)
-    for name, values in ejected.items():
-        assert values == pytest.approx(history.history[name], abs=1e-6), name
-    assert (tmp_path / "runs" / "digits" / "best.pt").exists()
+
+def test_the_ejected_job_is_lint_free_and_formatted(capsys, tmp_path):
+    for style in STYLES:
+        main(["eject", "--style", style])
+        (tmp_path / f"{style}.py").write_text(capsys.readouterr().out)
+    config = Path(kt.__file__).parent.parent / "pyproject.toml"
+    for command in (["check", "--no-cache"], ["format", "--check", "--no-cache"]):
+        arguments = [*command, "--config", str(config), str(tmp_path)]
+        done = subprocess.run([sys.executable, "-m", "ruff", *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout

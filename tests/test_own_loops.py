@@ -5,7 +5,11 @@ The cells are the one source; nothing of them is repeated here.
 
 import copy
 import json
+import linecache
 import math
+import sys
+import textwrap
+import types
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +55,10 @@ def run_cell(name, *, instead=("", ""), until=None):
     old, new = instead
     source = source_of(name)
     assert old in source
-    exec(source.replace(old, new, 1).partition(until or "\0")[0], names)
+    source = source.replace(old, new, 1).partition(until or "\0")[0]
+    file = f"<cell of {name}>"  # in the cache, where a notebook's cells are too
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    exec(compile(source, file, "exec"), names)
     return names
 
 
@@ -538,7 +545,9 @@ def test_an_unknown_name_is_refused_at_compile(loop):
 
 @pytest.mark.parametrize("loop", [None, 3, dict, nn.Linear(1, 1), lambda run: None], ids=repr)
 def test_what_is_no_loop_is_refused_at_compile(loop):
-    with pytest.raises(TypeError, match=r"loop must be a name \(script, function, class\), a Loop class or a Loop obj"):
+    with pytest.raises(
+        TypeError, match=r"loop must be a name \(script, function, class, graph\), a Loop class or a Loop obj"
+    ):
         ladder_model(loop)
 
 
@@ -597,3 +606,39 @@ def test_lbfgs_is_refused_where_only_another_step_is_ones_own():
     for loop in (OwnValidation, kt.FunctionLoop(eval_step=lambda run, x, y, sample_weight: None)):
         with pytest.raises(ValueError, match="LBFGS"):
             kt.Model(nn.Linear(3, 1), device="cpu").compile("mse", "lbfgs", loop=loop)
+
+
+# ---- ejected ----
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("GAN", "PlainLoop")])
+def test_the_case_ejects_and_trains_the_same(name, capsys, monkeypatch):
+    model, x, y = make_small(name)
+    start = copy.deepcopy(model.net)
+    rows = {"x": x, "x_val": x[:10]} | ({"y": y, "y_val": y[:10]} if y is not None else {})
+    val = x[:10] if y is None else (x[:10], y[:10])
+    val = None if name == "Contrastive" else val  # its loss reads targets that there are not
+    torch.manual_seed(3)
+    history = model.fit(x, y, batch_size=16, epochs=2, validation_data=val, verbose=0).history
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)  # no thread of its own
+    module = types.ModuleType("ejected")
+    monkeypatch.setitem(sys.modules, "ejected", module)
+    exec(compile(model.eject("function" if name.endswith("step") else "class"), "ejected.py", "exec"), vars(module))
+    recipe = textwrap.dedent(module.__doc__.partition(":\n\n")[2])
+    recipe = recipe.replace("teacher = ...", "teacher = given")
+    names = {**vars(module), **rows, "net": start, "given": getattr(model.loop, "teacher", None)}
+    torch.manual_seed(3)
+    exec(recipe, names)
+    for key, value in model.net.state_dict().items():
+        assert torch.equal(start.state_dict()[key], value), key
+    assert list(names["history"]) == list(history)
+    for key, values in history.items():
+        assert names["history"][key] == pytest.approx(values, rel=1e-6, abs=1e-7), key
+
+
+@pytest.mark.parametrize(("name", "message"), [("GAN", "several optimizers"), ("PlainLoop", "the loop PlainLoop")])
+def test_the_case_that_does_not_eject_says_why(name, message):
+    model, x, y = make_small(name)
+    model.fit(x, y, verbose=0)
+    with pytest.raises(ValueError, match=message):
+        model.eject("class")

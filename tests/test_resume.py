@@ -424,6 +424,110 @@ def test_a_state_without_its_callback_is_warned_of_and_a_callback_without_state_
     assert counter.count == 3
 
 
+STOPPERS: dict[str, Callable[[], EarlyStopping]] = {
+    "loss": lambda: EarlyStopping("loss", patience=9),
+    "val_loss": lambda: EarlyStopping("val_loss", patience=9),
+    "highest": lambda: EarlyStopping("val_loss", patience=9, mode="max"),
+}
+
+
+def test_states_go_to_the_callbacks_that_watch_the_same_value_in_the_same_direction(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    stoppers = {name: make() for name, make in STOPPERS.items()}
+    fit(make_model(), [*stoppers.values(), ModelCheckpoint(path)], epochs=3)
+    resumed = {name: make() for name, make in reversed(STOPPERS.items())}
+    fit(make_model(), list(resumed.values()), epochs=3, resume=path)
+    for name, stopper in stoppers.items():
+        assert (resumed[name].best, resumed[name].wait) == (stopper.best, stopper.wait)
+
+
+@pytest.mark.parametrize("kind", [EarlyStopping, ReduceLROnPlateau])
+def test_a_callback_that_watches_another_value_begins_anew_with_a_warning(kind: Any, tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    fit(make_model(), [kind("val_loss"), ModelCheckpoint(path)])
+    other = kind("loss")
+    with pytest.warns(UserWarning, match=f"state of {kind.__name__}, .*it had monitor='val_loss', mode='min'"):
+        fit(make_model(), other, resume=path)
+    assert other.best is None
+
+
+def test_one_more_checkpoint_callback_takes_no_others_best_value(tmp_path: Path) -> None:
+    def callbacks(*names: str) -> list[kt.Callback]:
+        by_name = {"last": ModelCheckpoint(tmp_path / "last.pt")} | {
+            name: ModelCheckpoint(tmp_path / f"{name}.pt", name, save_best_only=True) for name in ("loss", "val_loss")
+        }
+        return [by_name[name] for name in names]
+
+    fit(make_model(), callbacks("val_loss", "last"))
+    (tmp_path / "moved").mkdir()
+    more = callbacks("loss", "val_loss", "last")
+    fit(make_model(), more, resume=tmp_path / "last.pt")  # nothing is left to train
+    assert isinstance(more[0], ModelCheckpoint)
+    assert isinstance(more[1], ModelCheckpoint)
+    assert more[0].best is None
+    assert more[1].best is not None
+
+
+def test_a_best_file_of_another_value_is_warned_of_and_other_checkpoint_callbacks_are_not(tmp_path: Path) -> None:
+    best, last = tmp_path / "best.pt", tmp_path / "last.pt"
+    fit(make_model(), [ModelCheckpoint(best, save_best_only=True), ModelCheckpoint(last)])
+    other = ModelCheckpoint(best, "loss", save_best_only=True)
+    with pytest.warns(UserWarning, match=r"state of ModelCheckpoint, .*file='best.pt', monitor='val_loss'") as warned:
+        fit(make_model(), other, resume=last)
+    assert len(warned) == 1
+    assert other.best is None
+
+
+class Stops(kt.Callback):
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.model.stop_training = epoch == 1
+
+
+def test_a_run_that_a_callback_stopped_says_so_and_trains_no_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.pt"
+    fit(make_model(), [ModelCheckpoint(path), Stops()], epochs=4)
+    assert make_and_resume(path, 4) == [0, 1]
+    assert "A callback ended this run in epoch 2: no more is trained; epochs above 4 would" in capsys.readouterr().out
+
+
+def test_a_run_that_a_callback_stopped_goes_on_where_more_epochs_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.pt"
+    fit(make_model(), [ModelCheckpoint(path), Stops()], epochs=4)
+    assert make_and_resume(path, 6) == [0, 1, 2, 3, 4, 5]
+    assert capsys.readouterr().out.count("A callback ended this run in epoch 2; now it goes on.") == 1
+
+
+def make_and_resume(path: Path, epochs: int) -> list[int]:
+    model, (x, y) = make_model(), (torch.randn(12, 3), torch.randint(0, 2, (12,)))
+    return model.fit(x, y, batch_size=4, epochs=epochs, verbose=2, validation_data=(x, y), resume=path).epoch
+
+
+class Broken(Counter):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        raise ZeroDivisionError("of the user's own")
+
+
+def test_an_error_in_a_users_load_state_dict_comes_out_as_it_is_and_the_net_is_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "run.pt"
+    fit(make_model(), [Counter(), ModelCheckpoint(path)])
+    model, broken = make_model(), Broken()
+    type(broken).__name__ = "Counter"
+    before = {name: value.clone() for name, value in model.net.state_dict().items()}
+    with pytest.raises(ZeroDivisionError, match="of the user's own"):
+        fit(model, broken, resume=path)
+    assert all(torch.equal(value, before[name]) for name, value in model.net.state_dict().items())
+
+
+@pytest.mark.parametrize("resume", [1, 0, b"a.pt"])
+def test_a_resume_that_is_neither_flag_nor_path_is_refused(resume: Any) -> None:
+    with pytest.raises(TypeError, match="resume must be True, False, None or a checkpoint's path, got"):
+        fit(make_model(), resume=resume)
+
+
 def test_training_weights_go_on_where_the_average_is_left_away(tmp_path: Path) -> None:
     path = tmp_path / "run.pt"
     model = make_model()

@@ -136,6 +136,85 @@ def test_a_refused_loop_leaves_the_model_as_it_was():
     model.fit(torch.randn(6, 4), torch.arange(6) % 3, verbose=0)
 
 
+def test_a_step_of_a_loop_that_has_none_is_refused():
+    for base in (kt.ScriptLoop, kt.FunctionLoop):
+        with pytest.raises(TypeError, match=rf"Own\.train_epoch is never called: a {base.__name__} has none"):
+            compile_with(own("train_epoch", lambda self: None, base))
+    with pytest.raises(TypeError, match=r"Own\.train_step is never called: a ScriptLoop has none; subclass ClassLoop"):
+        compile_with(own("train_step", plain, kt.ScriptLoop))
+    with pytest.raises(TypeError, match=r"a FunctionLoop takes functions, train_step=f"):
+        compile_with(type("Below", (own("train_step", plain, kt.FunctionLoop),), {}))
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("training_step", "train_step"), ("validation_step", "eval_step"), ("test_step", "eval_step")],
+)
+def test_a_step_under_another_librarys_name_is_refused_with_ours(name, meant):
+    with pytest.raises(TypeError, match=rf"Own\.{name} is never called: call it {meant}"):
+        compile_with(own(name, plain))
+
+
+def test_a_script_loop_with_a_fit_of_its_own_may_call_its_steps():
+    class Own(kt.ScriptLoop):
+        def fit(self, run):
+            for _ in run.epoch_range():
+                for x, y, _ in run.train_batches():
+                    run.record(*self.train_step(x, y), y)
+
+        def train_step(self, x, y):
+            outputs = self.net(x)
+            return self.loss_fn(outputs, y), outputs
+
+    live(Own)
+
+
+# ---- wrong returns ----
+
+WRONG_RETURNS = {
+    "the loss alone": (lambda loss, outputs: loss, "must return (loss, outputs), got the loss alone"),
+    "nothing": (lambda loss, outputs: None, "must return (loss, outputs), got None"),
+    "a dict": (lambda loss, outputs: {"loss": loss, "outputs": outputs}, "must return (loss, outputs), got dict"),
+    "three": (lambda loss, outputs: (loss, outputs, 0), "must return (loss, outputs), got tuple"),
+    "no outputs": (lambda loss, outputs: (loss, None), "outputs is None, but the metrics (accuracy) read them"),
+}
+
+
+@pytest.mark.parametrize("style", ["class", "function"])
+@pytest.mark.parametrize("name", ["train_step", "eval_step"])
+@pytest.mark.parametrize("case", WRONG_RETURNS)
+def test_a_step_that_returns_something_else_is_told(case, name, style):
+    returned, message = WRONG_RETURNS[case]
+    if style == "class":
+        loop = own(name, lambda self, x, y, w: returned(*getattr(kt.ClassLoop, name)(self, x, y, w)))
+    else:
+        loop = kt.FunctionLoop(**{name: lambda run, x, y, w: returned(*getattr(page, name)(run, x, y, w))})
+    model = kt.Model(nn.Linear(4, 3), device="cpu")
+    model.compile("cross_entropy", "sgd", ["accuracy"], loop=loop)
+    x, y = torch.randn(6, 4), torch.arange(6) % 3
+    with pytest.raises(TypeError, match=re.escape(message)):
+        model.fit(x, y, validation_data=(x, y), verbose=0)
+
+
+def test_a_predict_step_without_outputs_is_told():
+    model = compile_with(own("predict_step", lambda self, x: None))
+    with pytest.raises(TypeError, match="predict_step must return the outputs"):
+        model.predict(torch.randn(6, 4), verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "message"),
+    [
+        ("fit", lambda self, run: None, "trained no epoch"),
+        ("train_epoch", lambda self: None, "recorded no training batch"),
+        ("evaluate", lambda self, run: None, "recorded nothing"),
+    ],
+)
+def test_a_rung_that_does_nothing_is_told(name, function, message):
+    with pytest.raises(RuntimeError, match=message):
+        live(own(name, function))
+
+
 # ---- right ones ----
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from kerastorch.callbacks.callback import Checkpointer, Logs, Moment
+from kerastorch.callbacks.callback import Checkpointer, Logs, Moment, user_path
 from kerastorch.checkpoint import CheckpointError, CheckpointWriter, newest_first, read_checkpoint, remove_leftovers
 
 
 class BackupAndRestore(Checkpointer):
     """Keep a backup of the run in a folder; a fit that finds one goes on from it, to the bit, also inside an epoch.
 
-    backup_dir: a folder of its own, made when fit begins.   save_freq: "epoch", or a number of batches; it then writes
-    at the next optimizer step.   double_checkpoint: keep the backup before as well, for when the newest is damaged.
+    backup_dir: a folder of its own, made when fit begins; one that the run made goes, once empty, when it has ended.
+    save_freq: "epoch", or a number of batches; it then writes at the next optimizer step.
+    double_checkpoint: keep the backup before as well, for when the newest is damaged.
     delete_checkpoint: delete the backups when fit has ended, not after an interrupt.   async_save: training waits for a
     copy to the CPU only, a thread writes it.
     Ctrl-C, a notebook's stop button and SIGTERM write a backup before fit ends; after SIGTERM the process exits with
@@ -36,15 +38,17 @@ class BackupAndRestore(Checkpointer):
         async_save: bool = False,
     ) -> None:
         super().__init__(save_freq)
-        self.backup_dir, self.async_save = Path(backup_dir), async_save
+        self.backup_dir, self.async_save = Path(user_path("backup_dir", backup_dir)), async_save
         self.double_checkpoint, self.delete_checkpoint = double_checkpoint, delete_checkpoint
         self._writer: CheckpointWriter | None = None
+        self._made_folder = False
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
         super().on_train_begin(logs)
         self._has_saved = False
         if self.backup_dir.exists() and not self.backup_dir.is_dir():
             raise NotADirectoryError(f"BackupAndRestore's backup_dir {str(self.backup_dir)!r} is a file.")
+        self._made_folder = not self.backup_dir.exists()
         self.backup_dir.mkdir(parents=True, exist_ok=True)
         if not os.access(self.backup_dir, os.W_OK):
             raise PermissionError(f"BackupAndRestore can't write into {str(self.backup_dir)!r}.")
@@ -72,9 +76,19 @@ class BackupAndRestore(Checkpointer):
         writer, self._writer = self._writer, None
         if writer is None:
             return
-        writer.close()
-        if self.backup_dir.is_dir() and not any(self.backup_dir.iterdir()):
-            self.backup_dir.rmdir()
+        try:
+            writer.close()
+        finally:
+            if self._made_folder:
+                with suppress(OSError):  # where it holds something, or has gone
+                    self.backup_dir.rmdir()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "made_folder": self._made_folder}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._made_folder = bool(state_dict["made_folder"])
 
     def _paths(self, both: bool = False) -> list[Path]:
         names = ["backup.pt", "backup_2.pt"] if both or self.double_checkpoint else ["backup.pt"]

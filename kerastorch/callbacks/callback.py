@@ -19,7 +19,7 @@ The order of the hooks, in fit:
         on_epoch_end(epoch, logs)                   logs: with "val_"; what a hook adds goes into History
         (ModelCheckpoint and BackupAndRestore write)
     on_train_end(logs)                              logs: the last epoch's; not called after an exception
-    close                                           always, once
+    close                                           always, once; not after an evaluate inside the callback's own fit
 
 A run that is resumed calls load_state_dict after on_train_begin and, where it goes on inside an epoch, once more after
 that epoch's on_epoch_begin. One that is interrupted ends the epoch at an optimizer step, writes, and goes on with
@@ -32,11 +32,14 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from kerastorch.errors import check_choice, check_int, did_you_mean
+from kerastorch.device import describe
+from kerastorch.errors import check_choice, check_int, check_number, did_you_mean
+from kerastorch.resume import is_built_in
 from kerastorch.run import Run
 
 if TYPE_CHECKING:
@@ -122,7 +125,10 @@ class Callback:
         """Called once when the call ends, after an exception too: give files and handles back."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to decide as this one would: tensors, numbers, strings, lists and dicts."""
+        """Return what a resumed run needs to decide as this one would: tensors, numbers, strings, lists and dicts.
+
+        A state with a part "watches" is for a callback of this class whose state has the same there.
+        """
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -221,11 +227,7 @@ class CallbackList:
     @property
     def are_all_built_in(self) -> bool:
         """Whether all are kerastorch's own, which add no keys of their own to the logs."""
-        package = __name__.partition(".")[0]
-        return all(
-            type(callback).__module__.partition(".")[0] == package and type(callback).__name__ != "LambdaCallback"
-            for callback in self.callbacks
-        )
+        return all(is_built_in(callback) and type(callback).__name__ != "LambdaCallback" for callback in self.callbacks)
 
     def begin(self, model: Model, run: Run, params: dict[str, Any]) -> None:
         """Tell each callback what it works on."""
@@ -308,9 +310,14 @@ class CallbackList:
             callback.on_predict_batch_end(batch, logs)
 
     def close(self) -> None:
-        """Close every callback, each one even where an earlier one fails; the first error comes out."""
+        """Close every callback, each one even where an earlier one fails; the first error comes out.
+
+        One that called evaluate with itself stays open, for its fit.
+        """
         failure: BaseException | None = None
-        for callback in self.callbacks:
+        for callback, outer_run in zip(self.callbacks, self._outer_runs, strict=False):
+            if outer_run is not None:
+                continue
             try:
                 callback.close()
             except BaseException as error:
@@ -328,8 +335,16 @@ class Monitor:
 
     def __init__(self, name: str, mode: Literal["auto", "min", "max"], min_delta: float = 0.0) -> None:
         check_choice("mode", mode, ("auto", "min", "max"))
+        check_number("min_delta", min_delta)
         self.name, self.mode, self.min_delta = name, mode, abs(min_delta)
+        self.higher_is_better: bool | None = None if mode == "auto" else mode == "max"
         self.best: float | None = None
+
+    @property
+    def watches(self) -> dict[str, str]:
+        """What a callback's state says of the value that it is about."""
+        settled = {None: "auto", True: "max", False: "min"}
+        return {"monitor": self.name, "mode": settled[self.higher_is_better]}
 
     def begin(self, run: Run) -> None:
         """Settle the direction and forget the best; ValueError where the value can't exist in this run."""
@@ -340,9 +355,9 @@ class Monitor:
         self.higher_is_better = self._direction(run)
 
     def read(self, logs: Logs, run: Run) -> float | None:
-        """Return the value, or None in an epoch without validation; ValueError where the logs lack it."""
+        """Return the value, or None in an epoch without validation; ValueError where it is missing or no number."""
         if self.name in logs:
-            return float(logs[self.name])
+            return self._number(logs[self.name])
         if self.name.startswith("val_") and run.val_data is not None and not run.validation_is_due:
             return None
         raise self._missing(list(logs), run)
@@ -354,6 +369,17 @@ class Monitor:
         if reference is None:
             return True
         return value - self.min_delta > reference if self.higher_is_better else value + self.min_delta < reference
+
+    def _number(self, value: object) -> float:
+        try:
+            if not isinstance(value, str):
+                return float(value)  # type: ignore[arg-type]
+        except (TypeError, ValueError, RuntimeError):
+            pass
+        raise ValueError(
+            f"monitor={self.name!r} is {describe(value)} in the logs, not one number: monitor another value, or let "
+            "a callback before this one add a number made of it to the logs."
+        )
 
     def _direction(self, run: Run) -> bool:
         if self.mode != "auto":
@@ -367,6 +393,13 @@ class Monitor:
         no_validation = self.name.startswith("val_") and run.val_data is None
         hint = " fit() got no validation data;" if no_validation else did_you_mean(self.name, known)
         return ValueError(f"monitor={self.name!r} is not in the logs;{hint} Known: {', '.join(known)}.")
+
+
+def user_path(argument: str, path: str | os.PathLike[str]) -> str:
+    """Return the path with "~" written out; TypeError, naming the argument, for what is none."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{argument} must be a path, got {path!r} ({type(path).__name__}).")
+    return os.path.expanduser(os.fspath(path))
 
 
 def _check_callback(callback: object, i: int) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import os
-import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from kerastorch.callbacks.callback import Callback, Logs
+from kerastorch.callbacks.callback import Callback, Logs, user_path
+from kerastorch.errors import warn
 
 
 class CSVLogger(Callback):
@@ -20,15 +21,16 @@ class CSVLogger(Callback):
     append: go on in an existing file, which must have the same columns, instead of replacing it.
     The columns are the keys of the first epoch's logs, and the "val_" keys that only later epochs have; a key that
     comes later is left out with a warning. A missing value is "NA"; one that is a list is written as JSON.
-    Each row is on disk when the epoch ends; an older file is replaced by the first row, not before.
+    Each row is in the file when the epoch ends, and on disk before a checkpoint that counts it; an older file is
+    replaced by the first row, not before. A resumed run keeps the rows of the epochs before and cuts later ones.
     Raises OSError for a file that can't be written, when fit begins, and ValueError for a file to append to that has
     other columns, there too where that can be known.   Source: arguments and rules of keras.callbacks.CSVLogger.
     """
 
     def __init__(self, filename: str | os.PathLike[str], separator: str = ",", append: bool = False) -> None:
-        if len(separator) != 1 or separator in '"\r\n':
+        if not isinstance(separator, str) or len(separator) != 1 or separator in '"\r\n':
             raise ValueError(f"separator must be one character, not a quote or a line end, got {separator!r}.")
-        self.filename = os.fspath(filename)
+        self.filename = user_path("filename", filename)
         self.separator, self.append = separator, append
         self._file: TextIO | None = None
         self._header: list[str] = []
@@ -55,17 +57,20 @@ class CSVLogger(Callback):
             self._writer = self._begin(self._file, row)
         for name in sorted(row.keys() - set(self._writer.fieldnames) - self._left_out):
             self._left_out.add(name)
-            warnings.warn(
+            warn(
                 f"CSVLogger leaves out {name!r}: the first epoch's logs, which make the columns of {self.filename!r}, "
-                "did not have it.",
-                stacklevel=2,
+                "did not have it."
             )
         self._writer.writerow(row)
         self._file.flush()
 
     def state_dict(self) -> dict[str, Any]:
         columns = list(self._writer.fieldnames) if self._writer is not None else []
-        return {"columns": columns, "bytes": self._file.tell() if self._file is not None else 0}
+        if self._file is None:
+            return {"columns": columns, "bytes": 0}
+        with suppress(OSError):  # where it is no ordinary file
+            os.fsync(self._file.fileno())
+        return {"columns": columns, "bytes": self._file.tell()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         columns, size = state_dict["columns"], state_dict["bytes"]
@@ -73,18 +78,19 @@ class CSVLogger(Callback):
         if not columns and not self.append:
             return  # the first row replaces the file
         rows = Path(self.filename).read_bytes()[:size]
-        if len(rows) < size or (rows and not rows.endswith(b"\n")):
-            warnings.warn(
-                f"CSVLogger's {self.filename!r} is not the one that the run was saved with: rows of the epochs before "
-                "may be missing in it.",
-                stacklevel=2,
+        whole = rows[: rows.rfind(b"\n") + 1]
+        if len(whole) < size:
+            warn(
+                f"CSVLogger's {self.filename!r} is not as long as it was when the run was saved: rows of the epochs "
+                "before may be missing in it."
             )
-            return
-        self._file.truncate(size)  # rows of epochs that are trained again
-        if size == 0:
+        self._file.truncate(len(whole))  # rows of epochs that are trained again, and half a row
+        if not whole:
             self._header = []
         if columns:
             self._writer = self._make_writer(self._file, columns)
+            if not whole:
+                self._writer.writeheader()
 
     def close(self) -> None:
         if self._file is not None:

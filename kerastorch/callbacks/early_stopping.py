@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from kerastorch.callbacks.callback import Callback, Logs, Monitor
 from kerastorch.device import are_finite, bare_module
-from kerastorch.errors import check_int
+from kerastorch.errors import check_int, check_number
 
 
 class EarlyStopping(Callback):
@@ -35,8 +35,10 @@ class EarlyStopping(Callback):
     ) -> None:
         check_int("patience", patience, at_least=0)
         check_int("start_from_epoch", start_from_epoch, at_least=0)
+        if baseline is not None:
+            check_number("baseline", baseline)
         self.monitor = monitor
-        self._watched = Monitor(monitor, mode, min_delta)
+        self.watched = Monitor(monitor, mode, min_delta)
         self.patience, self.verbose, self.baseline = patience, verbose, baseline
         self.restore_best_weights, self.start_from_epoch = restore_best_weights, start_from_epoch
         self.wait = 0
@@ -47,22 +49,22 @@ class EarlyStopping(Callback):
     @property
     def best(self) -> float | None:
         """The best value of this fit so far."""
-        return self._watched.best
+        return self.watched.best
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
-        self._watched.begin(self.run)
+        self.watched.begin(self.run)
         self.wait, self.best_epoch, self.best_weights, self.stopped_epoch = 0, None, None, None
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
-        value = self._watched.read(logs or {}, self.run)
+        value = self.watched.read(logs or {}, self.run)
         if value is None or epoch < self.start_from_epoch:
             return
         self.wait += 1
-        if self._watched.is_better(value, self._watched.best):
-            self._watched.best, self.best_epoch = value, epoch
+        if self.watched.is_better(value, self.watched.best):
+            self.watched.best, self.best_epoch = value, epoch
             if self.restore_best_weights and are_finite(self.run.published_state_dict()):
                 self.best_weights = copy.deepcopy(self.run.published_state_dict())
-            if self.baseline is None or self._watched.is_better(value, self.baseline):
+            if self.baseline is None or self.watched.is_better(value, self.baseline):
                 self.wait = 0
         elif self.wait >= self.patience and epoch > 0:
             self.stopped_epoch = epoch
@@ -83,11 +85,13 @@ class EarlyStopping(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         names = ("best", "wait", "best_epoch", "best_weights", "stopped_epoch")
-        return {name: getattr(self, name) for name in names}
+        return {"watches": self.watched.watches, **{name: getattr(self, name) for name in names}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._watched.best = None if state_dict["best"] is None else float(state_dict["best"])
+        self.watched.best = None if state_dict["best"] is None else float(state_dict["best"])
         self.wait, self.best_epoch = int(state_dict["wait"]), state_dict["best_epoch"]
         self.best_weights, self.stopped_epoch = state_dict["best_weights"], state_dict["stopped_epoch"]
         if self.stopped_epoch is not None and self.wait < self.patience:  # raised since: the run goes on
-            self.stopped_epoch, self.run.stop_training = None, False
+            self.run.stop_training = False
+        if not self.run.stop_training:
+            self.stopped_epoch = None

@@ -14,14 +14,16 @@ class LambdaCallback(Callback):
 
         LambdaCallback(on_epoch_end=lambda epoch, logs: print(epoch, logs["loss"]))
 
-    Raises TypeError for a name that is no hook, naming the nearest, or for what can't be called.
+    None is no function. Raises TypeError for a name that is no hook, naming the nearest, or for what can't be called.
     """
 
-    def __init__(self, **hooks: Callable[..., Any]) -> None:
+    def __init__(self, **hooks: Callable[..., Any] | None) -> None:
         for name, function in hooks.items():
             if name not in HOOKS:
                 hint = did_you_mean(name, HOOKS)
                 raise TypeError(f"LambdaCallback has no hook {name!r};{hint} Hooks: {', '.join(HOOKS)}.")
+            if function is None:
+                continue
             if not callable(function):
                 raise TypeError(f"LambdaCallback({name}=...) takes a function, got {function!r}.")
             setattr(self, name, function)

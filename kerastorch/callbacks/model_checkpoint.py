@@ -11,10 +11,12 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
 
-from kerastorch.callbacks.callback import Checkpointer, Logs, Moment, Monitor
+from kerastorch.callbacks.callback import Checkpointer, Logs, Moment, Monitor, user_path
 from kerastorch.checkpoint import CheckpointWriter, newest_first, remove_leftovers
 from kerastorch.device import are_finite
 from kerastorch.errors import check_int, did_you_mean
+
+SEPARATORS = tuple(separator for separator in (os.sep, os.altsep) if separator is not None)
 
 
 class ModelCheckpoint(Checkpointer):
@@ -55,13 +57,14 @@ class ModelCheckpoint(Checkpointer):
         async_save: bool = False,
     ) -> None:
         super().__init__(save_freq)
-        self.filepath = os.fspath(filepath)
+        self.filepath = user_path("filepath", filepath)
         self.monitor = monitor
-        self._watched = Monitor(monitor, mode)
+        self.watched = Monitor(monitor, mode)
         self.verbose, self.save_best_only, self.save_weights_only = verbose, save_best_only, save_weights_only
         self.initial_value_threshold = initial_value_threshold
         self.keep_last, self.keep_best, self.async_save = keep_last, keep_best, async_save
-        self._fields = {name for _, name, _, _ in string.Formatter().parse(self.filepath) if name is not None}
+        self._parts = _parse(str(Path(self.filepath)))
+        self.fields = {name for _, name in self._parts if name is not None}
         self._check_arguments()
         self.chooses = save_best_only or keep_best is not None
         self.writes_resume_points = not save_weights_only
@@ -74,13 +77,13 @@ class ModelCheckpoint(Checkpointer):
     @property
     def best(self) -> float | None:
         """The best value of this fit so far, or initial_value_threshold."""
-        return self._watched.best
+        return self.watched.best
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
         super().on_train_begin(logs)
         if self.chooses:
-            self._watched.begin(self.run)
-            self._watched.best = self.initial_value_threshold
+            self.watched.begin(self.run)
+            self.watched.best = self.initial_value_threshold
         self._check_template()
         self._written, self._stale, self.last_path = [], [], None
         self._check_others()
@@ -106,22 +109,21 @@ class ModelCheckpoint(Checkpointer):
             return
         value = math.nan
         if self.chooses:
-            read = self._watched.read(logs, run)
+            read = self.watched.read(logs, run)
             if read is None or not self._is_wanted(read) or not are_finite(run.published_state_dict()):
                 return
             value = read
-            if self._watched.is_better(value, self._watched.best):
-                self._watched.best = value
+            if self.watched.is_better(value, self.watched.best):
+                self.watched.best = value
         path = self._path(logs, fills_missing=moment == "interrupt")
-        if any(kept == path and self._watched.is_better(its_value, value) for kept, its_value in self._written):
+        if any(kept == path and self.watched.is_better(its_value, value) for kept, its_value in self._written):
             return  # among the best too, but a better one has this name
         stale = [entry for entry in [*self._stale, *self._keep(path, value)] if entry[0] != path]
         self._stale = stale
         content = run.published_state_dict() if self.save_weights_only else run.get_content(float(logs["loss"]))
+        epoch = run.epoch
         assert self._writer is not None
-        self._writer.write(path, content, lambda: self._commit(path, stale))
-        if self.verbose:
-            print(f"Epoch {run.epoch + 1}: saved {path}")
+        self._writer.write(path, content, lambda: self._end_save(epoch, path, stale))
 
     def files(self) -> list[Path]:
         pattern, parts = self._pattern(), Path(self.filepath).parts
@@ -140,16 +142,18 @@ class ModelCheckpoint(Checkpointer):
             writer.close()
 
     def state_dict(self) -> dict[str, Any]:
+        watches = {"file": Path(self._template()).name}  # the folder may be moved
         return {
             **super().state_dict(),
-            "best": self._watched.best,
+            "watches": watches | self.watched.watches if self.chooses else watches,
+            "best": self.watched.best,
             "written": [[str(path), value] for path, value in self._written],
             "stale": [[str(path), value] for path, value in self._stale],
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
-        self._watched.best = state_dict["best"]
+        self.watched.best = state_dict["best"]
         pattern = self._pattern()  # what a forged file names elsewhere is not ours to delete
         self._written, self._stale = (
             [(Path(path), value) for path, value in state_dict[name] if pattern.fullmatch(path)]
@@ -161,14 +165,14 @@ class ModelCheckpoint(Checkpointer):
 
     def _is_wanted(self, value: float) -> bool:
         if self.save_best_only or math.isnan(value):
-            return self._watched.is_better(value, self._watched.best)
+            return self.watched.is_better(value, self.watched.best)
         assert self.keep_best is not None
-        if not self._watched.is_better(value, self.initial_value_threshold):
+        if not self.watched.is_better(value, self.initial_value_threshold):
             return False
-        return len(self._written) < self.keep_best or self._watched.is_better(value, self._worst()[1])
+        return len(self._written) < self.keep_best or self.watched.is_better(value, self._worst()[1])
 
     def _worst(self) -> tuple[Path, float]:
-        sign = 1 if self._watched.higher_is_better else -1
+        sign = 1 if self.watched.higher_is_better else -1
         return min(self._written, key=lambda entry: sign * entry[1])
 
     def _keep(self, path: Path, value: float) -> list[tuple[Path, float]]:
@@ -185,6 +189,11 @@ class ModelCheckpoint(Checkpointer):
         self._written.append((path, value))
         return stale
 
+    def _end_save(self, epoch: int, path: Path, stale: list[tuple[Path, float]]) -> None:
+        self._commit(path, stale)
+        if self.verbose:
+            print(f"Epoch {epoch + 1}: saved {path}")
+
     def _commit(self, path: Path, stale: list[tuple[Path, float]]) -> None:
         self.last_path = path
         for old, _ in stale:
@@ -192,7 +201,7 @@ class ModelCheckpoint(Checkpointer):
         self._stale = [entry for entry in self._stale if entry not in stale]
 
     def _path(self, logs: Logs, *, fills_missing: bool = False) -> Path:
-        missing = dict.fromkeys(self._fields, math.nan) if fills_missing else {}
+        missing = dict.fromkeys(self.fields, math.nan) if fills_missing else {}
         return self._format({**self._counters(), **missing, **logs, **self._counters()})
 
     def _counters(self) -> dict[str, int]:
@@ -208,16 +217,17 @@ class ModelCheckpoint(Checkpointer):
                 f"ModelCheckpoint's filepath {self.filepath!r} names {name!r}, which is not in the logs;"
                 f"{did_you_mean(name, values)} Known: {', '.join(values)}."
             ) from None
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"ModelCheckpoint's filepath {self.filepath!r} can't be filled in: {error}.") from None
 
     def _template(self) -> str:
         """Return filepath with its fields' names alone, in which templates that differ in spelling are the same."""
-        fields = string.Formatter().parse(str(Path(self.filepath)))
-        return "".join(text if name is None else f"{text}{{{name}}}" for text, name, _, _ in fields)
+        return "".join(text if name is None else f"{text}{{{name}}}" for text, name in self._parts)
 
     def _check_others(self) -> None:
         """Refuse another callback's fixed path that this one's template would write too."""
         for other in self.run.callbacks.checkpointers:
-            if not isinstance(other, ModelCheckpoint) or other._fields or not self._fields:
+            if not isinstance(other, ModelCheckpoint) or other.fields or not self.fields:
                 continue
             if self._pattern().fullmatch(str(Path(other.filepath))):
                 raise ValueError(
@@ -228,13 +238,15 @@ class ModelCheckpoint(Checkpointer):
     def _pattern(self) -> re.Pattern[str]:
         """Return what the names of the files look like."""
         parts = []
-        for text, name, _, _ in string.Formatter().parse(str(Path(self.filepath))):
+        for text, name in self._parts:
             parts.append(re.escape(text))
             if name is not None:
                 parts.append("[ 0-9]+" if name in ("epoch", "batch") else r"(?!\.\.?(?:/|$))[^/]+")
         return re.compile("".join(parts))
 
     def _check_arguments(self) -> None:
+        if self.filepath.endswith(SEPARATORS):
+            raise ValueError(f"filepath {self.filepath!r} is a folder: give a file in it, as '{{epoch}}.pt'.")
         threshold = self.initial_value_threshold
         if threshold is not None and (not isinstance(threshold, Real) or math.isnan(threshold)):
             raise ValueError(f"initial_value_threshold must be a number to beat, got {threshold!r}.")
@@ -242,7 +254,7 @@ class ModelCheckpoint(Checkpointer):
             if value is None:
                 continue
             check_int(argument, value)
-            if value > 1 and not self._fields:
+            if value > 1 and not self.fields:
                 raise ValueError(
                     f"{argument}={value} needs names that differ: put {{epoch}} into filepath {self.filepath!r}."
                 )
@@ -264,3 +276,13 @@ class ModelCheckpoint(Checkpointer):
         if self.save_freq != "epoch" or not is_always_validated:
             names = [name for name in names if not name.startswith("val_")]  # a save would lack them
         self._format({**self._counters(), **dict.fromkeys(names, 0.0)})
+
+
+def _parse(filepath: str) -> list[tuple[str, str | None]]:
+    """Return each piece of text in filepath with the name of the field that follows it, if one does."""
+    try:
+        return [(text, name) for text, name, _, _ in string.Formatter().parse(filepath)]
+    except ValueError as error:
+        raise ValueError(
+            f"filepath {filepath!r} is no template: {error}. A brace of a name is written twice."
+        ) from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from kerastorch.callbacks.callback import Callback, Logs, Monitor
-from kerastorch.errors import check_int
+from kerastorch.errors import check_int, is_number
 from kerastorch.optimizers import set_option
 
 
@@ -33,14 +33,14 @@ class ReduceLROnPlateau(Callback):
         cooldown: int = 0,
         min_lr: float = 0.0,
     ) -> None:
-        if not 0 < factor < 1:
-            raise ValueError(f"factor must be above 0 and below 1, got {factor}.")
-        if not min_lr >= 0:
-            raise ValueError(f"min_lr must be at least 0, got {min_lr}.")
+        if not is_number(factor) or not 0 < factor < 1:
+            raise ValueError(f"factor must be above 0 and below 1, got {factor!r}.")
+        if not is_number(min_lr) or not min_lr >= 0:
+            raise ValueError(f"min_lr must be at least 0, got {min_lr!r}.")
         check_int("patience", patience, at_least=0)
         check_int("cooldown", cooldown, at_least=0)
         self.monitor = monitor
-        self._watched = Monitor(monitor, mode, min_delta)
+        self.watched = Monitor(monitor, mode, min_delta)
         self.factor, self.patience, self.verbose = factor, patience, verbose
         self.cooldown, self.min_lr = cooldown, min_lr
         self.wait = self.cooldown_counter = 0
@@ -48,7 +48,7 @@ class ReduceLROnPlateau(Callback):
     @property
     def best(self) -> float | None:
         """The best value of this fit so far."""
-        return self._watched.best
+        return self.watched.best
 
     def on_train_begin(self, logs: Logs | None = None) -> None:
         if self.run.lr_scheduler is not None:
@@ -56,20 +56,20 @@ class ReduceLROnPlateau(Callback):
                 f"ReduceLROnPlateau and compile(lr_scheduler=...), a {type(self.run.lr_scheduler).__name__}, both set "
                 "the learning rate and would fight: leave one of them out."
             )
-        self._watched.begin(self.run)
+        self.watched.begin(self.run)
         self.run.added_logs.append("learning_rate")
         self.wait = self.cooldown_counter = 0
 
     def on_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         logs = {} if logs is None else logs
         logs["learning_rate"] = self._rates()[0]
-        value = self._watched.read(logs, self.run)
+        value = self.watched.read(logs, self.run)
         if value is None:
             return
         is_cooling = self.cooldown_counter > 0
         self.cooldown_counter -= is_cooling
-        if self._watched.is_better(value, self._watched.best):
-            self._watched.best, self.wait = value, 0
+        if self.watched.is_better(value, self.watched.best):
+            self.watched.best, self.wait = value, 0
         elif not is_cooling:
             self.wait += 1
             if self.wait >= self.patience and self._reduce():
@@ -79,10 +79,15 @@ class ReduceLROnPlateau(Callback):
                     print(f"Epoch {epoch + 1}: {self.monitor} did not improve, learning rate reduced to {rates}.")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "wait": self.wait, "cooldown_counter": self.cooldown_counter}
+        return {
+            "watches": self.watched.watches,
+            "best": self.best,
+            "wait": self.wait,
+            "cooldown_counter": self.cooldown_counter,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._watched.best, self.wait = state_dict["best"], state_dict["wait"]
+        self.watched.best, self.wait = state_dict["best"], state_dict["wait"]
         self.cooldown_counter = state_dict["cooldown_counter"]
 
     def _rates(self) -> list[float]:

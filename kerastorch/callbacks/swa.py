@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -22,7 +23,8 @@ class SWA(Callback):
     keep_average: as in EMA.
     From that epoch on fit's validation, ModelCheckpoint and EarlyStopping see the average, whatever the order of the
     callbacks; then the trained weights come back. Batch norm's statistics are taken anew for it, in a forward pass over
-    the training data at the end of each such epoch; random states are left as they were. The learning rate is the
+    the training data at the end of each such epoch; random states are left as they were. An interrupt cuts that pass:
+    the resumed run takes it anew, and calls every on_train_epoch_end of that epoch again. The learning rate is the
     user's: torch.optim.swa_utils.SWALR goes to compile(lr_scheduler=...).
     Raises ValueError beside a second average, and for batch norm with training data that can be read only once;
     TypeError for a net that can't be copied.
@@ -53,8 +55,11 @@ class SWA(Callback):
 
     def on_train_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         if epoch >= self.start_epoch and self._average is not None:
+            net = self._average.averaged_net
+            before = copy.deepcopy(net.state_dict()) if _batch_norms(net) else {}
             self._average.update()
-            self._take_statistics(self._average.averaged_net)
+            if not self._take_statistics(net):
+                net.load_state_dict(before)
 
     def state_dict(self) -> dict[str, Any]:
         return {} if self.averaged_net is None else dict(self.averaged_net.state_dict())
@@ -64,7 +69,9 @@ class SWA(Callback):
         self._average.averaged_net.load_state_dict(state_dict)
 
     @torch.no_grad()
-    def _take_statistics(self, net: nn.Module) -> None:
+    def _take_statistics(self, net: nn.Module) -> bool:
+        """Set batch norm's statistics to those of the training data; return whether no interrupt cut the pass."""
+        is_whole = True
         net.train()  # layers that a train() of the net's own keeps in eval mode keep their statistics too
         layers = [layer for layer in _batch_norms(net) if layer.training]
         source = self.run.train_data
@@ -74,10 +81,11 @@ class SWA(Callback):
                 layer.reset_running_stats()
                 layer.momentum = None  # the plain mean over batches
             with preserved_random_state(*source.generators):
-                self.run.forward_over(source.another(), net)
+                is_whole = self.run.forward_over(source.another(), net)
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum
         net.eval()
+        return is_whole
 
 
 def _batch_norms(net: nn.Module) -> list[_BatchNorm]:

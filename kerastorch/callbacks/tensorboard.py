@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from kerastorch.callbacks.callback import Callback, Logs
+from kerastorch.callbacks.callback import Callback, Logs, user_path
 from kerastorch.device import Nested, preserved_random_state
-from kerastorch.errors import check_choice, check_int
+from kerastorch.errors import check_choice, check_int, warn
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
@@ -47,6 +47,7 @@ class TensorBoard(Callback):
         self,
         log_dir: str | os.PathLike[str] = "logs",
         histogram_freq: int = 0,
+        *,
         write_graph: bool = False,
         write_steps_per_second: bool = False,
         update_freq: Literal["epoch", "batch"] | int = "epoch",
@@ -58,7 +59,7 @@ class TensorBoard(Callback):
             check_choice("update_freq", update_freq, ("epoch", "batch"))
         else:
             check_int("update_freq", update_freq)
-        self.log_dir = os.fspath(log_dir)
+        self.log_dir = user_path("log_dir", log_dir)
         self.histogram_freq, self.write_graph = histogram_freq, write_graph
         self.write_steps_per_second, self.update_freq = write_steps_per_second, update_freq
         self._writers: dict[str, SummaryWriter] = {}
@@ -188,7 +189,7 @@ def _write_graph(writer: SummaryWriter, net: nn.Module, x: Nested) -> None:
     except Exception as error:
         reason = f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
         what = f"{type(net).__name__} can't be copied and traced, {reason}"
-        warnings.warn(f"TensorBoard(write_graph=True) writes no graph: {what}", stacklevel=2)
+        warn(f"TensorBoard(write_graph=True) writes no graph: {what}")
     finally:
         for buffer, value in buffers:
             buffer.copy_(value)

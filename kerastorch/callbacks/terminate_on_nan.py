@@ -66,7 +66,7 @@ class TerminateOnNaN(Callback):
         self._read(ends_epoch=True)
 
     def close(self) -> None:
-        if self._hook is not None and self.run.train_data is not None:  # None: an evaluate inside the fit
+        if self._hook is not None:
             self._hook.remove()
             self._hook, self._gradients, self._unread = None, ([], self._zeros), []
 

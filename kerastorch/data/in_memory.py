@@ -41,7 +41,7 @@ class Rows:
     @property
     def versions(self) -> list[int]:
         """Numbers that change where a tensor is written to."""
-        return [tensor._version for tensor in self.tensors]
+        return [0 if tensor.is_inference() else tensor._version for tensor in self.tensors]
 
 
 class RowReader:
@@ -56,6 +56,10 @@ class RowReader:
 
     def __iter__(self) -> Iterator[Any]:
         loader = self.loader
+        rows = _find_rows(loader.dataset, loader.collate_fn)  # anew: a callback may have set others
+        if rows is None:
+            return iter(loader)
+        self.rows = rows
         lists = iter(cast(Any, loader.batch_sampler))
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # the seed that a loader draws here
         batches = self._in_order() if self._has_plain_order() else map(self._fetch, lists)
@@ -74,27 +78,37 @@ class RowReader:
         order = torch.from_numpy(np.fromiter(batch_sampler.sampler, np.int64))
         if batch_sampler.drop_last:
             order = order[: len(order) // size * size]
-        for chunk in order.split(size * self._batches_at_once(size)):
-            yield from self._read(chunk, size)
+        at_once, start = self._batches_at_once(size), 0
+        while start < len(order):
+            chunk = order[start : start + size * at_once]
+            versions = self.rows.versions
+            for batch in self._read(chunk, size):
+                yield batch
+                start += size
+                if self.rows.versions != versions:  # a step wrote to the data: it may do so again
+                    at_once = 1
+                    break
 
     def _batches_at_once(self, size: int) -> int:
         """Return how many batches to read together: one where a later one would not begin on a cache line."""
-        nbytes = [tensor[:1].nbytes * size for tensor in self.rows.tensors]
-        return 1 if any(count % 64 for count in nbytes) else max(1, CHUNK_BYTES // max(1, sum(nbytes)))
+        tensors = self.rows.tensors
+        nbytes = [tensor[:1].nbytes * size for tensor in tensors]
+        if any(count % 64 for count in nbytes) or any(tensor.is_inference() for tensor in tensors):
+            return 1
+        return max(1, CHUNK_BYTES // max(1, sum(nbytes)))
 
     def _read(self, order: Tensor, size: int) -> Iterator[Any]:
-        rows, versions, done = self.rows, self.rows.versions, 0
-        for batch in zip(*(tensor.split(size) for tensor in rows.take(order)), strict=True):
-            if rows.versions != versions:  # a step wrote to the data
-                yield from self._read(order[done:], size)
-                return
-            yield rows.collate(batch)
-            done += size
+        try:
+            parts = self.rows.take(order)
+        except (IndexError, RuntimeError):  # negative indices, or some out of range
+            return map(self._fetch, [part.tolist() for part in order.split(size)])
+        # unsafe_split: no views of one another for autograd, which forbids to write to such
+        return map(self.rows.collate, zip(*(part.unsafe_split(size) for part in parts), strict=True))
 
     def _fetch(self, indices: Any) -> Any:
         """Return the batch of a list of indices; anything but plain ones goes the loader's own way."""
         try:
-            index = torch.tensor(indices)
+            index = indices if isinstance(indices, Tensor) else torch.tensor(indices)
             if index.dtype == torch.int64 and index.dim() == 1:
                 return self.rows.collate(self.rows.take(index))
         except (TypeError, ValueError, IndexError, RuntimeError):
@@ -120,10 +134,15 @@ def _find_rows(dataset: Any, collate: object) -> Rows | None:
         inner, index = _find_rows(dataset.dataset, collate), _as_index(dataset.indices)
         if inner is None or index is None:
             return None
-        return replace(inner, kept=index if inner.kept is None else inner.kept[index])
+        try:
+            return replace(inner, kept=index if inner.kept is None else inner.kept[index])
+        except IndexError:
+            return None
     if type(dataset) is WeightedDataset and type(collate) is WeightedCollate:
         inner = _find_rows(dataset.dataset, collate.collate)
-        if inner is None or inner.kept is not None:  # whose rows are numbered anew
+        if (
+            inner is None or inner.kept is not None or not _are_plain(dataset.sample_weight)
+        ):  # whose rows are numbered anew
             return None
         of_batch = inner.collate
         return Rows(
@@ -140,6 +159,8 @@ def _find_rows(dataset: Any, collate: object) -> Rows | None:
 
 
 def _as_index(indices: Any) -> Tensor | None:
+    if not isinstance(indices, (list, tuple, range, Tensor)) and type(indices).__module__ != "numpy":
+        return None
     try:
         index = torch.as_tensor(indices if isinstance(indices, Tensor) else list(indices))
     except (TypeError, ValueError, RuntimeError):

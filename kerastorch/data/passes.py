@@ -6,7 +6,6 @@ Sisters: resumable.py below, which makes loaders that begin inside a pass; sourc
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any, cast
@@ -26,6 +25,7 @@ from kerastorch.data.resumable import (
     skip_by_reading,
 )
 from kerastorch.device import get_random_state, set_random_state
+from kerastorch.errors import warn
 
 
 class Passes:
@@ -44,15 +44,16 @@ class Passes:
         self._start: Mapping[str, Any] = {}  # random states when the running pass began
         self._workers: dict[int, bytes | Mapping[str, Any]] = {}  # random states after the last batch of each
         self._resume_from: Mapping[str, Any] | None = None
-        self._held: Any = None  # the state of what keeps its own position, before the batch that was read ahead
+        self._sampler_starts: list[Any] = []  # states of the samplers that have one, when the running pass began
+        self._held: dict[str, Any] | None = None  # the states of _own_states(), before the batch that was read ahead
+        self._has_warned = False
 
     @property
     def generators(self) -> list[torch.Generator]:
         """The random generators that the loader and its sampler have of their own."""
-        batch_sampler = getattr(self.batches, "batch_sampler", None)
-        sampler = getattr(self.batches, "sampler", None)
-        holders = (self.batches, sampler, batch_sampler, getattr(batch_sampler, "sampler", None))
-        return [generator for holder in holders if (generator := getattr(holder, "generator", None)) is not None]
+        holders = (self.batches, getattr(self.batches, "sampler", None), *self._all_samplers)
+        generators = [getattr(holder, "generator", None) for holder in holders]
+        return [generator for generator in generators if isinstance(generator, torch.Generator)]
 
     @property
     def is_resumed(self) -> bool:
@@ -67,9 +68,11 @@ class Passes:
             self._workers = {}  # this pass starts its own
         if state is None:
             self.position, self._start = 0, get_random_state(*self.generators)
+            self._sampler_starts = [copy.deepcopy(sampler.state_dict()) for sampler in self._samplers]
             iterator = iter(self._reader)
         else:
             iterator = self._take_up(state)
+            self._set_dataset(state)  # batches that were seen may have been read again
         self._count += 1
         return iterator if self._reader is self._plain_reader else self._from_workers(iterator)
 
@@ -102,31 +105,85 @@ class Passes:
         if self.position:
             state["start"] = self._start
             state["keeps_workers"] = persists and self._count > 1
-        stateful = self._stateful
-        if stateful is not None and (self.position or stateful is not self.batches):
-            state["loader"] = stateful.state_dict() if self._held is None else self._held
+        state["samplers"] = self._sampler_starts if self.position else [one.state_dict() for one in self._samplers]
+        if self.position or self._stateful is not self.batches:
+            state |= self._own_states() if self._held is None else self._held
         return state
 
     def hold(self) -> None:
         """Note where a loader or dataset that keeps its own position stands, before a batch is read ahead."""
-        self._held = None if self._stateful is None else copy.deepcopy(self._stateful.state_dict())
+        self._held = copy.deepcopy(self._own_states())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Let the next pass begin where state_dict() stood; random states now are those to go on with."""
         for generator, generator_state in zip(self.generators, state["generators"], strict=False):
             generator.set_state(generator_state)
+        self._set_samplers(state)
+        self._set_dataset(state)
         if "loader" in state and not state["batches"] and self._stateful is not None:
             self._stateful.load_state_dict(state["loader"])
         self._resume_from = state if state["batches"] or state.get("workers") else None
+
+    def warn_where_inexact(self) -> None:
+        """Say once that a resumed run may get other batches: a sampler or workers keep a state of their own."""
+        if self._has_warned or _keeps_state(self.batches):
+            return
+        self._has_warned = True
+        own = [one for one in self._all_samplers if not type(one).__module__.startswith("torch.")]
+        if own and not self._samplers and not self.generators:
+            warn(
+                f"{self.name} is ordered by {type(own[0]).__name__}, which has neither generator nor state_dict: the "
+                "order of the resumed run is the same only if it is always one, or drawn from the global generators."
+            )
+        if self._loader is not None and self._loader.num_workers and self._dataset is not None:
+            warn(
+                f"{self.name} has a {type(self._dataset).__name__} with a state_dict, but each of the num_workers="
+                f"{self._loader.num_workers} has a copy of its own, whose state no checkpoint holds: the rows of the "
+                "resumed run may be others. Use num_workers=0 or torchdata's StatefulDataLoader."
+            )
 
     @property
     def _stateful(self) -> Any:
         """What keeps its own position: a loader with state_dict, or such a dataset that this process reads."""
         dataset = self._loader.dataset if self._loader is not None and self._loader.num_workers == 0 else None
         for candidate in (self.batches, dataset if isinstance(dataset, IterableDataset) else None):
-            if hasattr(candidate, "state_dict") and hasattr(candidate, "load_state_dict"):
+            if _keeps_state(candidate):
                 return candidate
         return None
+
+    @property
+    def _dataset(self) -> Any:
+        """What rows are read from, a wrapped one too, where it has a state of its own beside its loader's."""
+        if self._loader is None or self._stateful is not None or isinstance(self._loader.dataset, IterableDataset):
+            return None
+        dataset: Any = self._loader.dataset
+        while not _keeps_state(dataset) and hasattr(dataset, "dataset"):
+            dataset = dataset.dataset
+        return dataset if _keeps_state(dataset) else None
+
+    @property
+    def _all_samplers(self) -> list[Any]:
+        """The loader's batch_sampler and the sampler under it."""
+        batch_sampler = getattr(self.batches, "batch_sampler", None)
+        return [one for one in (batch_sampler, getattr(batch_sampler, "sampler", None)) if one is not None]
+
+    @property
+    def _samplers(self) -> list[Any]:
+        """The samplers with a state of their own, which is where they are before a pass."""
+        return [] if _keeps_state(self.batches) else list(filter(_keeps_state, self._all_samplers))
+
+    def _own_states(self) -> dict[str, Any]:
+        has_workers = self._loader is not None and self._loader.num_workers > 0
+        holders = {"loader": self._stateful, "dataset": None if has_workers else self._dataset}
+        return {name: holder.state_dict() for name, holder in holders.items() if holder is not None}
+
+    def _set_samplers(self, state: Mapping[str, Any]) -> None:
+        for sampler, sampler_state in zip(self._samplers, state.get("samplers", []), strict=False):
+            sampler.load_state_dict(copy.deepcopy(sampler_state))
+
+    def _set_dataset(self, state: Mapping[str, Any]) -> None:
+        if self._dataset is not None and "dataset" in state:
+            self._dataset.load_state_dict(copy.deepcopy(state["dataset"]))
 
     def _from_workers(self, iterator: Iterator[Any]) -> Iterator[Any]:
         for batch in iterator:
@@ -141,7 +198,8 @@ class Passes:
         skip, generators = state["batches"], self.generators
         now = get_random_state(*generators)
         self.position, self._start = skip, state.get("start", now)
-        set_random_state(self._start, *generators)
+        self._sampler_starts = state.get("samplers", [])
+        self._begin_order()
         if can_be_resumed(self.batches) and self._stateful is None:
             return self._take_up_loader(cast("DataLoader[Any]", self.batches), state, now)
         if self._stateful is not None and "loader" in state:
@@ -151,25 +209,28 @@ class Passes:
             iterator = islice(iter(self.batches), skip, None)
         else:
             kind = type(self.batches).__name__
-            warnings.warn(
+            warn(
                 f"{self.name} is a {kind} without state_dict: the {skip} batches that were seen are read again and "
-                "thrown away, and the rest of the epoch is the same only if they come in the same order.",
-                stacklevel=2,
+                "thrown away, and the rest of the epoch is the same only if they come in the same order."
             )
             iterator = skip_by_reading(self.batches, skip, kind)
         set_random_state(now, *generators)
         return iterator
+
+    def _begin_order(self) -> None:
+        """Bring samplers and random states to where the running pass began."""
+        self._set_samplers({"samplers": self._sampler_starts})
+        set_random_state(self._start, *self.generators)
 
     def _take_up_loader(
         self, loader: DataLoader[Any], state: Mapping[str, Any], now: Mapping[str, Any]
     ) -> Iterator[Any]:
         skip, workers = state["batches"], state.get("workers", {})
         if loader.num_workers != state["num_workers"] or (loader.num_workers and not loader.in_order):
-            warnings.warn(
+            warn(
                 f"the checkpoint's epoch was read with num_workers={state['num_workers']}, this one is with "
                 f"{loader.num_workers}{'' if loader.in_order else ' and in_order=False'}: transforms that draw random "
-                "numbers draw others.",
-                stacklevel=2,
+                "numbers draw others."
             )
             workers = {}
         blanks = skip % loader.num_workers if loader.num_workers else 0
@@ -177,7 +238,7 @@ class Passes:
         sampler = cast(ResumableSampler, reader.batch_sampler)
         # Workers that persist are not started anew by a later pass; here they are, and that draws a seed.
         keeps_workers = state.get("keeps_workers", True)
-        start = self._start if keeps_workers else None
+        start = self._begin_order if keeps_workers else None
         sampler.position = Position(skip, start, now, self.generators, blanks, prefetches=loader.num_workers > 0)
         if loader.num_workers == 0:
             return iter(row_reader(reader) or reader)
@@ -189,3 +250,7 @@ class Passes:
         iterator = iter(reader)
         init.random_states = {}
         return iterator
+
+
+def _keeps_state(thing: object) -> bool:
+    return hasattr(thing, "state_dict") and hasattr(thing, "load_state_dict")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import pickle
 import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from kerastorch.data.arrays import rebuild_loader
 from kerastorch.device import set_cpu_random_state, set_random_state
+from kerastorch.errors import warn
 
 
 class WorkerBatch(NamedTuple):
@@ -60,14 +60,15 @@ def resumable_loader(loader: DataLoader[Any], *, blanks: int = 0) -> DataLoader[
 class Position:
     """Where a pass is taken up again.
 
-    skip: batches that were seen.   start: random states to begin the order with, or None: those that it meets.
+    skip: batches that were seen.   start: brings samplers and random states to where the order began, or None: they
+    are there.
     now: random states after those batches.   generators: the loader's and sampler's own.
     blanks: empty batches first, so that the next one meets its own worker.
     prefetches: whether index lists are drawn ahead: the generators' states of now are then beyond those batches.
     """
 
     skip: int
-    start: Mapping[str, Any] | None
+    start: Callable[[], None] | None
     now: Mapping[str, Any]
     generators: list[torch.Generator]
     blanks: int = 0
@@ -92,7 +93,7 @@ class ResumableSampler:
         position, self.position = self.position, None
         assert position is not None
         if position.start is not None:
-            set_random_state(position.start, *position.generators)
+            position.start()
             lists = iter(self.sampler)
         _skip(lists, position.skip, type(getattr(self.sampler, "sampler", self.sampler)).__name__)
         replayed = [generator.get_state() for generator in position.generators]
@@ -112,10 +113,9 @@ def _skip(lists: Iterator[list[int]], count: int, name: str) -> None:
             raise ValueError(f"the checkpoint stands after {count} batches, but {name} now gives only {done}.")
         drawn = torch.get_rng_state() if drawn is None else drawn
     if drawn is not None and not torch.equal(drawn, torch.get_rng_state()):
-        warnings.warn(
+        warn(
             f"{name} draws from torch's global generator as it goes, between the steps that draw from it too: the "
-            "order of the resumed epoch is another. Give the sampler a generator of its own.",
-            stacklevel=2,
+            "order of the resumed epoch is another. Give the sampler a generator of its own."
         )
 
 

@@ -108,6 +108,10 @@ class BatchSource:
         self._iterator = None
         self._passes.load_state_dict(state)
 
+    def warn_where_inexact(self) -> None:
+        """Say once that a resumed run may get other batches, where a sampler or workers keep a state of their own."""
+        self._passes.warn_where_inexact()
+
     def find_misfit(self, state: Mapping[str, Any]) -> str | None:
         """Return what is wrong where the data has another number of batches than the pass that is to go on."""
         count = state.get("num_batches")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kerastorch.loops.loop import Loop
+from kerastorch.loops.loop import Loop, as_pair
 from kerastorch.run import Run
 
 
@@ -31,7 +31,7 @@ class ClassLoop(Loop):
         run = self.run
         run.net.train()
         for x, y, sample_weight in run.train_batches():
-            loss, outputs = self.train_step(x, y, sample_weight)
+            loss, outputs = as_pair(self.train_step(x, y, sample_weight), "train_step")
             run.record(loss, outputs, y, sample_weight)  # stays on the device: no sync
             run.advance_lr_scheduler("step")
 
@@ -53,7 +53,7 @@ class ClassLoop(Loop):
     def evaluate(self, run: Run) -> None:
         run.net.eval()
         for x, y, sample_weight in run.eval_batches():
-            loss, outputs = self.eval_step(x, y, sample_weight)
+            loss, outputs = as_pair(self.eval_step(x, y, sample_weight), "eval_step")
             run.record(loss, outputs, y, sample_weight)
 
     def eval_step(self, x: Any, y: Any, sample_weight: Tensor | None) -> tuple[Tensor, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kerastorch.loops.loop import Loop
+from kerastorch.loops.loop import Loop, as_pair
 from kerastorch.run import Run
 
 Step = Callable[[Run, Any, Any, Tensor | None], tuple[Tensor, Any]]
@@ -49,7 +49,7 @@ def predict_step(run: Run, x: Any) -> Any:
 def train_epoch(run: Run, train_step: Step) -> None:
     run.net.train()
     for x, y, sample_weight in run.train_batches():
-        loss, outputs = train_step(run, x, y, sample_weight)
+        loss, outputs = as_pair(train_step(run, x, y, sample_weight), "train_step")
         run.record(loss, outputs, y, sample_weight)  # stays on the device: no sync
         run.advance_lr_scheduler("step")
 
@@ -58,7 +58,7 @@ def train_epoch(run: Run, train_step: Step) -> None:
 def evaluate(run: Run, eval_step: Step) -> None:
     run.net.eval()
     for x, y, sample_weight in run.eval_batches():
-        loss, outputs = eval_step(run, x, y, sample_weight)
+        loss, outputs = as_pair(eval_step(run, x, y, sample_weight), "eval_step")
         run.record(loss, outputs, y, sample_weight)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -48,3 +49,12 @@ class Loop(ABC):
     @abstractmethod
     def predict(self, run: Run) -> None:
         """Collect the outputs for run.predict_batches()."""
+
+
+def as_pair(returned: object, step: str) -> tuple[Tensor, Any]:
+    """Return a step's (loss, outputs) as it is; TypeError, naming the step, for anything else."""
+    if isinstance(returned, (tuple, list)) and len(returned) == 2:
+        return cast("tuple[Tensor, Any]", returned)
+    what = "the loss alone" if isinstance(returned, Tensor) and returned.numel() == 1 else type(returned).__name__
+    what = "None" if returned is None else what
+    raise TypeError(f"{step} must return (loss, outputs), got {what}.")

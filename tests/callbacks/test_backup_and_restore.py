@@ -263,9 +263,18 @@ def test_foreign_files_and_their_folder_stay(tmp_path: Path) -> None:
     assert names(tmp_path) == [".hidden", "backup.pt.bak", "backup_3.pt", "notes.txt", "sub"]
 
 
-def test_an_empty_folder_that_was_there_before_goes_too(tmp_path: Path) -> None:
+def test_an_empty_folder_that_was_there_before_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "b").mkdir()
     train(BackupAndRestore(tmp_path / "b"), epochs=1)
+    assert names(tmp_path) == ["b"]
+    monkeypatch.chdir(tmp_path / "b")
+    train(BackupAndRestore("."), epochs=1)
+    assert names(tmp_path) == ["b"]
+
+
+def test_a_folder_that_the_run_made_goes_in_a_later_life(tmp_path: Path) -> None:
+    life_that_ends(1, 0, BackupAndRestore(tmp_path / "b"))
+    train(BackupAndRestore(tmp_path / "b"))
     assert names(tmp_path) == []
 
 

@@ -1,6 +1,7 @@
 """The hooks: their order, indices and logs in fit, evaluate and predict; what the list refuses; what close promises."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,7 +9,17 @@ import torch
 from torch import nn
 
 import kerastorch as kt
-from kerastorch.callbacks import CallbackList, LambdaCallback
+from kerastorch.callbacks import (
+    BackupAndRestore,
+    CallbackList,
+    CSVLogger,
+    EarlyStopping,
+    LambdaCallback,
+    ModelCheckpoint,
+    ReduceLROnPlateau,
+    TensorBoard,
+    TerminateOnNaN,
+)
 from kerastorch.callbacks.callback import HOOKS
 from kerastorch.sums import PassSums
 
@@ -511,3 +522,74 @@ def test_close_runs_though_a_later_callback_refuses_its_model(verb: str) -> None
     with pytest.raises(Trouble):
         getattr(model, verb)(*((X,) if verb == "predict" else (X, Y)), callbacks=[recorder, Refusing()], verbose=0)
     assert recorder.calls == [("close",)]
+
+
+class EvaluatesWith(kt.Callback):
+    """Calls evaluate and predict with callbacks of its own fit, and counts how often it was closed."""
+
+    def __init__(self, *others: kt.Callback) -> None:
+        self.others, self.closed = others, 0
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        self.model.evaluate(X, Y, callbacks=[self, *self.others], verbose=0)
+        self.model.predict(X, callbacks=[self, *self.others], verbose=0)
+        assert self.closed == 0
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_callbacks_that_are_lent_to_an_evaluate_inside_their_fit_are_closed_once_when_fit_ends(tmp_path: Path) -> None:
+    log = CSVLogger(tmp_path / "log.csv")
+    others = [log, ModelCheckpoint(tmp_path / "a.pt"), BackupAndRestore(tmp_path / "b"), TerminateOnNaN()]
+    lender = EvaluatesWith(*others)
+    make_model().fit(X, Y, epochs=2, callbacks=[lender, *others], verbose=0)
+    assert lender.closed == 1
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 3
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize("value", [[[1, 2], [3, 4]], "0.5", None, torch.zeros(2)], ids=repr)
+def test_a_monitored_value_that_is_not_one_number_is_refused_by_name_and_form(value: Any) -> None:
+    adds = LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(matrix=value))
+    with pytest.raises(ValueError, match=r"monitor='matrix' is .* in the logs, not one number"):
+        make_model().fit(X, Y, callbacks=[adds, EarlyStopping("matrix", mode="max")], verbose=0)
+
+
+def test_a_monitored_value_may_be_any_kind_of_one_number() -> None:
+    for value in (1, torch.tensor([0.5]), torch.tensor(0.5).numpy()):
+        stopper = EarlyStopping("value", mode="max")
+        adds = LambdaCallback(on_epoch_end=lambda epoch, logs, value=value: logs.update(value=value))
+        make_model().fit(X, Y, callbacks=[adds, stopper], verbose=0)
+        assert stopper.best == float(value)
+
+
+BAD_NUMBERS: dict[str, tuple[type[Exception], Callable[[], kt.Callback]]] = {
+    "baseline must be a number, got '0.3'": (TypeError, lambda: EarlyStopping(baseline="0.3")),
+    "baseline must be a number, got nan": (ValueError, lambda: EarlyStopping(baseline=float("nan"))),
+    "min_delta must be a number, got '0.3'": (TypeError, lambda: EarlyStopping(min_delta="0.3")),
+    "min_delta must be a number, got nan": (ValueError, lambda: ReduceLROnPlateau(min_delta=float("nan"))),
+    "factor must be above 0 and below 1, got '0.1'": (ValueError, lambda: ReduceLROnPlateau(factor="0.1")),
+    r"min_lr must be at least 0, got \[0.1\]": (ValueError, lambda: ReduceLROnPlateau(min_lr=[0.1])),
+    "separator must be one character, .* got 1": (ValueError, lambda: CSVLogger("a.csv", separator=1)),
+    "filename must be a path, got 1": (TypeError, lambda: CSVLogger(1)),
+    "filepath must be a path, got b'a.pt'": (TypeError, lambda: ModelCheckpoint(b"a.pt")),
+}
+
+
+@pytest.mark.parametrize("message", BAD_NUMBERS)
+def test_an_argument_of_the_wrong_kind_is_refused_when_made(message: str) -> None:
+    kind, make = BAD_NUMBERS[message]
+    with pytest.raises(kind, match=message):
+        make()
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert ModelCheckpoint("~/a.pt").filepath == str(tmp_path / "a.pt")
+    assert BackupAndRestore("~/b").backup_dir == tmp_path / "b"
+    assert CSVLogger("~/log.csv").filename == str(tmp_path / "log.csv")
+    assert TensorBoard("~/logs").log_dir == str(tmp_path / "logs")
+    make_model().fit(X, Y, callbacks=ModelCheckpoint("~/a.pt"), verbose=0)
+    make_model().fit(X, Y, epochs=2, verbose=0, resume="~/a.pt")

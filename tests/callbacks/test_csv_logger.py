@@ -16,7 +16,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 from torchmetrics.wrappers import ClasswiseWrapper
 
 import kerastorch as kt
-from kerastorch.callbacks import CSVLogger, EarlyStopping, LambdaCallback, LearningRateScheduler
+from kerastorch.callbacks import CSVLogger, EarlyStopping, LambdaCallback, LearningRateScheduler, ModelCheckpoint
 
 X, Y = torch.tensor([[0.0], [1.0], [2.0], [3.0]]), torch.zeros(4, 1)
 CLASSES = torch.tensor([0, 1, 0, 1])
@@ -342,3 +342,39 @@ def test_nothing_warns_in_an_ordinary_fit(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(make_model({"error": "mae"}), CSVLogger(tmp_path / "log.csv"), epochs=5, validation_freq=3)
+
+
+# ---- resumed ----
+
+
+@pytest.mark.parametrize("half", [0, 5])
+@pytest.mark.parametrize("kept", [1, 3])
+def test_a_resumed_run_keeps_the_whole_rows_of_a_file_that_lost_its_end(kept: int, half: int, tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    callbacks = [CSVLogger(log), ModelCheckpoint(tmp_path / "a.pt")]
+    fit(make_model(), *callbacks, epochs=4)
+    rows = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(b"".join(rows[: kept + 1]) + rows[kept + 1][:half])
+    with pytest.warns(UserWarning, match="is not as long as it was"):
+        fit(make_model(), *callbacks, epochs=6, resume=True)
+    left = log.read_bytes().splitlines(keepends=True)
+    assert left[: kept + 1] == rows[: kept + 1]
+    assert [row.split(b",")[0] for row in left[kept + 1 :]] == [b"4", b"5"]
+
+
+def test_a_resumed_run_begins_a_file_that_lost_all_with_its_columns(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    callbacks = [CSVLogger(log), ModelCheckpoint(tmp_path / "a.pt")]
+    fit(make_model(), *callbacks, epochs=2)
+    log.unlink()
+    with pytest.warns(UserWarning, match="is not as long as it was"):
+        fit(make_model(), *callbacks, epochs=3, resume=True)
+    assert [row.split(",")[0] for row in log.read_text().splitlines()] == ["epoch", "2"]
+
+
+def test_rows_that_a_checkpoint_counts_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), sync(descriptor)))
+    fit(make_model(), CSVLogger(tmp_path / "log.csv"), ModelCheckpoint(tmp_path / "a.pt"), epochs=1)
+    assert (tmp_path / "log.csv").stat().st_ino in synced

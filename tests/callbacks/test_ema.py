@@ -682,3 +682,35 @@ def test_a_compiled_net_is_averaged_and_validated_on_its_average(in_place: bool,
     history = fit(model, [EMA(DECAY), ModelCheckpoint(path)])
     assert_same(torch.load(path, weights_only=True)["model_state_dict"], expected.net.state_dict())
     assert history.history == expected_history.history
+
+
+class Remembering(nn.Linear):
+    """Counts its training batches outside of parameters and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__(6, 3)
+        self.batches = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.batches += self.training
+        return super().forward(x)
+
+    def get_extra_state(self) -> Any:
+        return {"batches": self.batches}
+
+    def set_extra_state(self, state: Any) -> None:
+        self.batches = state["batches"]
+
+
+@pytest.mark.parametrize("average", [EMA(DECAY), SWA(0)])
+def test_extra_state_is_the_nets_in_the_file_and_after_fit(average: kt.Callback, tmp_path: Path) -> None:
+    net = Remembering()
+    model = kt.Model(nn.Sequential(net), device="cpu")
+    model.compile("cross_entropy", "sgd")
+    generator = torch.Generator().manual_seed(1)
+    x, y = torch.randn(12, 6, generator=generator), torch.randint(0, 3, (12,), generator=generator)
+    model.fit(x, y, batch_size=4, epochs=2, callbacks=[average, ModelCheckpoint(tmp_path / "a.pt")], verbose=0)
+    assert net.batches == 6
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert content["model_state_dict"]["0._extra_state"] == {"batches": 6}
+    assert not torch.equal(content["model_state_dict"]["0.weight"], content["training_model_state_dict"]["0.weight"])

@@ -857,3 +857,29 @@ def test_last_path_is_not_a_file_that_could_not_be_written(
     with pytest.raises(OSError, match="could not be written"):
         fit(make_model(), checkpoint, epochs=2)
     assert checkpoint.last_path == tmp_path / "1.pt"
+
+
+@pytest.mark.parametrize("filepath", ["newdir/", "newdir/{epoch}/"])
+def test_a_path_that_ends_as_a_folder_does_is_refused_when_made(filepath: str) -> None:
+    with pytest.raises(ValueError, match=r"filepath 'newdir/.*' is a folder: give a file in it"):
+        ModelCheckpoint(filepath)
+
+
+def test_a_template_that_does_not_end_is_refused_when_made() -> None:
+    with pytest.raises(ValueError, match=r"filepath 'a\{epoch' is no template: expected '\}'"):
+        ModelCheckpoint("a{epoch")
+
+
+@pytest.mark.parametrize("filepath", ["{loss:d}.pt", "{loss[0]}.pt", "{epoch.x}.pt", "{loss!s:d}.pt"])
+def test_a_template_that_can_not_be_filled_in_is_refused_before_the_first_step(filepath: str, tmp_path: Path) -> None:
+    model = make_model()
+    with pytest.raises(ValueError, match=r"ModelCheckpoint's filepath .* can't be filled in: "):
+        fit(model, ModelCheckpoint(tmp_path / filepath))
+    assert model.net.weight.item() == 1.0  # type: ignore[operator, union-attr]
+
+
+def test_saved_is_printed_after_the_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    there = []
+    monkeypatch.setattr("builtins.print", lambda *text, **how: there.append((tmp_path / "a.pt").exists()))
+    fit(make_model(), ModelCheckpoint(tmp_path / "a.pt", verbose=1, async_save=True))
+    assert there == [True]

@@ -1,7 +1,9 @@
 """SWA: the average of torch's own recipe, AveragedModel and update_bn, what sees it, and what it leaves alone."""
 
 import copy
+import os
 import random
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -515,3 +517,39 @@ def test_the_states_that_fit_leaves_are_those_of_a_fit_without_checkpoints_too(t
         fit(make_model(), callbacks)
         states.append(get_random_state()["torch"])
     assert torch.equal(states[0], states[1])
+
+
+@pytest.mark.parametrize("nth", [1, 4, 6])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_an_interrupt_cuts_the_statistics_at_a_batch_and_the_resumed_run_ends_the_same(
+    loop: str, nth: int, tmp_path: Path
+) -> None:
+    read: list[int] = []  # batches since the last epoch's training ended
+
+    def collate(rows: Any) -> Any:
+        read.append(len(rows))
+        if is_armed and len(read) == nth:
+            os.kill(os.getpid(), signal.SIGINT)
+        return torch.utils.data.default_collate(rows)
+
+    def arm(epoch: int, logs: Any) -> None:
+        nonlocal is_armed
+        read.clear()
+        is_armed = epoch == 2
+
+    is_armed = False
+    data, _ = make_data(collate_fn=collate)
+    straight = make_model(loop=loop)
+    fit(straight, SWA(1), train=data)
+
+    model, callbacks = make_model(loop=loop), [LambdaCallback(on_train_epoch_end=arm), SWA(1)]
+    path = tmp_path / "a.pt"
+    history = fit(model, [*callbacks, ModelCheckpoint(path)], train=data, on_interrupt="return")
+    assert history.epoch == [0, 1]
+    assert len(read) == nth
+    assert torch.load(path, weights_only=True)["callbacks"]["SWA"]["n_averaged"] == 1
+
+    resumed = make_model(loop=loop)
+    history = fit(resumed, [SWA(1), ModelCheckpoint(path)], train=data, resume=True, seed=9)
+    assert history.epoch == [0, 1, 2, 3]
+    assert_same(resumed.net.state_dict(), straight.net.state_dict())

@@ -690,3 +690,8 @@ def test_missing_tensorboard_names_the_extra_before_the_first_step(
 def test_missing_folders_are_made(tmp_path: Path) -> None:
     fit(make_model(), TensorBoard(str(tmp_path / "a" / "b")))
     assert steps(tmp_path / "a" / "b" / "train", "epoch_loss") == [0, 1]
+
+
+def test_what_follows_histogram_freq_is_given_by_name() -> None:
+    with pytest.raises(TypeError, match="positional argument"):
+        TensorBoard("logs", 0, True)  # type: ignore[misc]

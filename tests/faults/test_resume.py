@@ -1,5 +1,6 @@
 """A run that dies and is started again ends as one that lived: weights, history, every step (scenarios T1-T10)."""
 
+import ast
 import csv
 import importlib.util
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchmetrics
@@ -19,6 +21,7 @@ from torch.utils.data import (
     IterableDataset,
     RandomSampler,
     Sampler,
+    Subset,
     SubsetRandomSampler,
     WeightedRandomSampler,
 )
@@ -363,6 +366,108 @@ LOADERS: dict[str, Callable[..., DataLoader[Any]]] = {
     ),
     "drop last": lambda **settings: DataLoader(dataset(*ALL, rows=110), 16, shuffle=True, drop_last=True, **settings),
 }
+
+
+class OwnDraws:
+    """Something that draws from a generator of numpy's, which its state_dict tells."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rng": str(self.rng.bit_generator.state)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.rng.bit_generator.state = ast.literal_eval(state["rng"])
+
+
+class NoisyRows(OwnDraws, dataset):
+    def __init__(self) -> None:
+        OwnDraws.__init__(self)
+        dataset.__init__(self, *ALL)
+
+    def __getitem__(self, i: int) -> Any:
+        x, y = super().__getitem__(i)
+        x[1] += float(self.rng.normal())
+        return x, y
+
+
+class Permutation(OwnDraws, Sampler[int]):
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.rng.permutation(jobs.ROWS).tolist())
+
+    def __len__(self) -> int:
+        return jobs.ROWS
+
+
+class Groups(OwnDraws, Sampler[list[int]]):
+    """Batches that are drawn when a pass begins."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.rng.permutation(jobs.ROWS).reshape(jobs.STEPS, -1).tolist())
+
+    def __len__(self) -> int:
+        return jobs.STEPS
+
+
+WITH_STATE: dict[str, Callable[..., Any]] = {
+    "dataset": lambda **settings: DataLoader(NoisyRows(), 16, shuffle=True, **settings),
+    "wrapped dataset": lambda **settings: DataLoader(Subset(NoisyRows(), range(96)), 16, shuffle=True, **settings),
+    "sampler": lambda **settings: DataLoader(dataset(*ALL), 16, sampler=Permutation(), **settings),
+    "batch sampler": lambda **settings: DataLoader(dataset(*ALL), batch_sampler=Groups(), **settings),
+}
+
+
+@pytest.mark.parametrize("loader", WITH_STATE)
+def test_t3_datasets_and_samplers_with_a_state_of_their_own(loader: str, tmp_path: Path) -> None:
+    check(Job(data=WITH_STATE[loader]), tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", WITH_STATE)
+def test_t3_datasets_and_samplers_with_a_state_in_epochs_of_a_set_number_of_steps(loader: str, tmp_path: Path) -> None:
+    check(Job(data=WITH_STATE[loader], fit={"steps_per_epoch": 4}), tmp_path, STEPS[4], steps=4, dies_at=15)
+
+
+@pytest.mark.parametrize("loader", ["sampler", "batch sampler"])
+@pytest.mark.parametrize("workers", ["two", pytest.param("persistent", marks=pytest.mark.slow)])
+def test_t3_samplers_with_a_state_of_their_own_and_workers(workers: str, loader: str, tmp_path: Path) -> None:
+    job = Job(data=lambda: WITH_STATE[loader](**WORKERS[workers]), validation_data=None)
+    check(job, tmp_path, MOMENTS[1:4] if workers == "two" else MOMENTS)
+
+
+class NoState(Sampler[int]):
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(0)  # not torch's: nothing knows to save it
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.generator.permutation(jobs.ROWS).tolist())
+
+    def __len__(self) -> int:
+        return jobs.ROWS
+
+
+INEXACT: dict[str, tuple[Callable[[], Any], str]] = {
+    "sampler": (
+        lambda: DataLoader(dataset(), 16, sampler=NoState()),
+        "ordered by NoState, which has neither generator nor state_dict",
+    ),
+    "dataset in workers": (
+        lambda: DataLoader(NoisyRows(), 16, num_workers=1),
+        "has a NoisyRows with a state_dict, but each of the num_workers=1 has a copy",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", INEXACT)
+@pytest.mark.parametrize("save_freq", ["epoch", 4])
+def test_t3_data_that_can_not_be_taken_up_exactly_is_said_once(save_freq: Any, kind: str, tmp_path: Path) -> None:
+    data, message = INEXACT[kind]
+    jobs.start(Job(data=data), tmp_path, jobs.make_saver(tmp_path, save_freq), epochs=2)
+    with pytest.warns(UserWarning, match=message) as warned:
+        jobs.start(Job(data=data), tmp_path, jobs.make_saver(tmp_path, save_freq), epochs=3, resume=True)
+    assert len(warned) == 1
+    assert warned[0].filename == jobs.__file__  # where fit was called
 
 
 @pytest.mark.parametrize("loader", mostly_slow(LOADERS, "shuffled", "weighted", "batch sampler"))

@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock  # noqa: F401  (a job may have lost the right to read it when it is needed)
 import pytest
 import torch
 from torch import nn
@@ -721,6 +720,44 @@ def job_two_processes(root: str, kind: str) -> None:
     _, history = train(KINDS[kind](folder), resume=True)
     assert history.epoch == [0, 1, 2, 3]
     assert names(folder) == FINAL_FILES[kind]
+
+
+class Slow(Dataset[Any]):
+    """Rows that the second epoch's workers wait for; each touches a file first."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, i: int) -> Any:
+        if (self.root / "first epoch").exists():
+            (self.root / "waits").touch()
+            time.sleep(10)
+        return X[i], Y[i]
+
+
+def job_orphans(root: str) -> None:
+    """Workers that outlive their killed run hold nothing, and the run is begun again at once."""
+    folder, path = Path(root), Path(root) / "a.pt"
+    first = os.fork()
+    if first == 0:
+        try:
+            ends = at_epoch(1, (folder / "first epoch").touch)
+            loader = DataLoader(Slow(folder), 4, num_workers=2)
+            make_model().fit(loader, epochs=2, callbacks=[ends, ModelCheckpoint(path)], verbose=0)
+        finally:
+            os._exit(1)
+    wait_for(folder / "waits")
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    assert len(train(ModelCheckpoint(path), epochs=2, resume=True)[1].epoch) == 2
+
+
+@pytest.mark.slow
+def test_t17_workers_that_outlive_a_killed_run_do_not_hold_its_place(tmp_path: Path) -> None:
+    assert run_jobs([["orphans", str(tmp_path)]]) == [0]
 
 
 @pytest.mark.slow

@@ -1,0 +1,35 @@
+"""Training loop whose step is one graph: the function-style loop with its train_step compiled, or captured on a GPU.
+
+The sister file function_loop.py shows what the graph does; weights agree with the other loops' within rounding.
+"""
+
+from __future__ import annotations
+
+from kerastorch.graph import GraphStep
+from kerastorch.loops.function_loop import eval_step, evaluate, predict, predict_step, train_epoch, train_step
+from kerastorch.loops.loop import Loop
+from kerastorch.run import Run
+
+
+class GraphLoop(Loop):
+    """Forward, gradients, clipping and update in one graph, made at the second batch; evaluation as it is elsewhere.
+
+    Raises ValueError for what a graph can't hold, with the reason and the way out.
+    """
+
+    def fit(self, run: Run) -> None:
+        step = GraphStep(run, eager_step=train_step)
+        try:
+            for epoch in run.epoch_range():
+                train_epoch(run, lambda run, x, y, sample_weight: step(x, y, sample_weight))
+                if run.validation_is_due:
+                    evaluate(run, eval_step)
+                run.advance_lr_scheduler("epoch")
+        finally:
+            step.close()
+
+    def evaluate(self, run: Run) -> None:
+        evaluate(run, eval_step)
+
+    def predict(self, run: Run) -> None:
+        predict(run, predict_step)
