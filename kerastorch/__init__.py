@@ -9,14 +9,16 @@
 Model is in model.py, the loops in loops/, callbacks in callbacks/, the digits in datasets/.
 """
 
-from kerastorch import callbacks, datasets, loops
+from kerastorch import callbacks, datasets, initializers, loops
 from kerastorch.callbacks import Callback
 from kerastorch.device import set_seed, try_all_gpus, try_gpu
 from kerastorch.history import History
+from kerastorch.initializers import initialize
 from kerastorch.loops import ClassLoop, FunctionLoop, Loop, ScriptLoop
 from kerastorch.model import Model
 from kerastorch.report import Report
 from kerastorch.run import Run
+from kerastorch.summary import Summary
 
 __version__ = "0.1.0"
 
@@ -30,8 +32,11 @@ __all__ = [
     "Report",
     "Run",
     "ScriptLoop",
+    "Summary",
     "callbacks",
     "datasets",
+    "initialize",
+    "initializers",
     "loops",
     "set_seed",
     "try_all_gpus",

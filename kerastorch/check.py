@@ -34,7 +34,7 @@ from kerastorch.errors import check_int
 from kerastorch.loops.function_loop import train_step
 from kerastorch.losses import Loss, loss_scale
 from kerastorch.progress import Progress
-from kerastorch.report import Finding, Layer, Level, Report
+from kerastorch.report import Finding, Layer, Level, Report, format_bytes
 from kerastorch.run import Compiled, Run
 
 if TYPE_CHECKING:
@@ -558,20 +558,16 @@ def _check_memory(layers: Sequence[Layer], num_samples: int, run: Run) -> Findin
     state = [leaf for entry in run.optimizer.state.values() for leaf in leaves(entry) if isinstance(leaf, Tensor)]
     per_sample = sum(layer.bytes for layer in layers) / num_samples
     text = (
-        f"weights {_size(sum(map(_nbytes, weights)))}, gradients {_size(sum(map(_nbytes, trained)))}, optimizer "
-        f"{_size(sum(map(_nbytes, state)))}; layer outputs {_size(per_sample)} a sample, {num_samples} in a batch."
+        f"weights {format_bytes(sum(map(_nbytes, weights)))}, gradients {format_bytes(sum(map(_nbytes, trained)))}, "
+        f"optimizer {format_bytes(sum(map(_nbytes, state)))}; layer outputs {format_bytes(per_sample)} a sample, "
+        f"{num_samples} in a batch."
     )
     if run.device.type == "cuda" and per_sample:
         free, _ = torch.cuda.mem_get_info(run.device)
         samples = int(0.8 * free / (2 * per_sample))  # outputs and their gradients; a fifth stays for workspaces
-        text += f" About {samples:,} samples fit into the {_size(free)} that are free."
+        text += f" About {samples:,} samples fit into the {format_bytes(free)} that are free."
     return Finding("ok", "Memory", text)
 
 
 def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
-
-
-def _size(count: float) -> str:
-    power = min(3, int(math.log(max(count, 1), 1024)))
-    return f"{count / 1024**power:.3g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

@@ -1,6 +1,6 @@
 """The on-disk format: the usual PyTorch recipe's dict in one file, written whole or not at all, read without pickle.
 
-The only file that calls torch.save and torch.load. Sisters: history.py, data/.
+The only file that calls torch.save and torch.load, and safetensors. Sisters: history.py, data/.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import threading
 import warnings
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any, cast
 
 import torch
@@ -48,14 +49,72 @@ def write_checkpoint(
     the bytes needed, where it can't be written.
     """
     check_plain(content)
+    _write_archive(path, content, last_good)
+
+
+def write_whole(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Write content with modules in it, which only read_trusted opens, as safely as write_checkpoint.
+
+    Raises what pickle does of things that it can't hold; OSError as write_checkpoint.
+    """
+    _write_archive(path, content, None)
+
+
+def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors to a .safetensors file, as safely as write_checkpoint; each name with data of its own.
+
+    Raises ImportError where safetensors is not installed (the extra "safetensors"); TypeError, naming the key, for what
+    such a file can't hold; OSError as write_checkpoint.
+    """
+    safetensors = _import_safetensors()
+    dense: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for key, value in tensors.items():
+        if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided:
+            kind = str(value.layout) if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"a .safetensors file holds dense tensors, but {key!r} is a {kind}: write to a .pt file.")
+        dense[key] = value.detach().to("cpu").contiguous()
+        if dense[key].untyped_storage().data_ptr() in storages:  # tied, or a view: the format has no such thing
+            dense[key] = dense[key].clone()
+        storages.add(dense[key].untyped_storage().data_ptr())
+
+    def write(temporary: Path) -> None:
+        try:
+            safetensors.save_file(dense, temporary, metadata={"format": "pt"})
+        except Exception as error:  # its own kind, which holds the disk's error as text
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise TypeError(f"a .safetensors file can't hold these weights: {error}.") from error
+            raise OSError(int(number[1]), str(error)) from error
+        with open(temporary, "rb+", buffering=0) as file:
+            os.fsync(file.fileno())
+
+    _write_atomically(path, tensors, None, write)
+
+
+def _write_archive(
+    path: str | os.PathLike[str], content: Mapping[str, Any], last_good: str | os.PathLike[str] | None
+) -> None:
+    def write(temporary: Path) -> None:
+        with open(temporary, "xb", buffering=0) as file:
+            torch.save(content, cast(IO[bytes], _WholeWriter(file)))
+            os.fsync(file.fileno())
+
+    _write_atomically(path, content, last_good, write)
+
+
+def _write_atomically(
+    path: str | os.PathLike[str],
+    content: Mapping[str, Any],
+    last_good: str | os.PathLike[str] | None,
+    write: Callable[[Path], None],
+) -> None:
     path = Path(os.path.realpath(path))
     good = path if os.path.exists(path) else last_good
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.unlink(missing_ok=True)  # a link may have been planted there
-        with open(temporary, "xb", buffering=0) as file:
-            torch.save(content, cast(IO[bytes], _WholeWriter(file)))
-            os.fsync(file.fileno())
+        write(temporary)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except BaseException as error:
@@ -75,16 +134,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     that holds no dict.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, but this is a folder", str(path))
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-        raise CheckpointError(f"{str(path)!r} is no ordinary file.")
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        damage = _find_damage(file, size)
-        if damage is not None:
-            raise CheckpointError(f"{str(path)!r} ({size} bytes) is damaged, or no checkpoint: {damage}.")
-        file.seek(0)
+    with _open_archive(path) as file:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch's, about sparse tensors
@@ -98,6 +148,30 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{str(path)!r} is no checkpoint that a run wrote: {error}.") from None
     return content
+
+
+def read_trusted(path: str | os.PathLike[str]) -> Any:
+    """Return what write_whole wrote, or any torch.save; tensors on the CPU. Runs whatever code the file holds.
+
+    Raises as read_checkpoint for a file that is not there or damaged; what unpickling raises comes out.
+    """
+    with _open_archive(Path(path)) as file:
+        return torch.load(file, map_location="cpu", weights_only=False)
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Return the tensors of a .safetensors file by name, on the CPU. The format has no checksums.
+
+    Raises ImportError where safetensors is not installed (the extra "safetensors"); OSError where there is no file;
+    CheckpointError for one that is cut short or of another kind.
+    """
+    safetensors = _import_safetensors()
+    _check_is_file(Path(path))
+    try:
+        tensors: dict[str, Tensor] = safetensors.load_file(path)
+    except Exception as error:  # its own kind, or whatever a forged header makes it raise
+        raise CheckpointError(f"{str(path)!r} is damaged, or no .safetensors file: {error}.") from error
+    return tensors
 
 
 class CheckpointWriter:
@@ -178,6 +252,37 @@ def newest_first(paths: Iterable[Path]) -> list[Path]:
         return path.stat().st_mtime_ns, [int(number) for number in re.findall(r"\d+", path.name)]
 
     return sorted(paths, key=age, reverse=True)
+
+
+def _import_safetensors() -> ModuleType:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(
+            "a .safetensors file needs safetensors, which is not installed: pip install 'kerastorch[safetensors]'. "
+            "A .pt file needs nothing more."
+        ) from error
+    return safetensors.torch
+
+
+def _check_is_file(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "a checkpoint is a file, but this is a folder", str(path))
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+        raise CheckpointError(f"{str(path)!r} is no ordinary file.")
+
+
+@contextmanager
+def _open_archive(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that torch.save wrote, after its checksums are verified."""
+    _check_is_file(path)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        damage = _find_damage(file, size)
+        if damage is not None:
+            raise CheckpointError(f"{str(path)!r} ({size} bytes) is damaged, or no checkpoint: {damage}.")
+        file.seek(0)
+        yield file
 
 
 def _find_damage(file: IO[bytes], size: int) -> str | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from kerastorch.errors import check_int
 
 Nested = Any  # a tensor, or tuples, lists and dicts of Nested; other leaves (strings, numbers, None) pass through
+MAX_WRAPPERS = 3  # how often parallel wrappers may stand around a net whose weights are read
 OutputKey = str | int  # which of several outputs: a dict's key or a tuple's index
 
 
@@ -86,7 +88,7 @@ def leaves(value: Nested) -> Iterator[Any]:
 def move_to_device(value: Nested, device: torch.device) -> Nested:
     """Return value with each tensor on device; a pinned tensor is copied without waiting for the copy to end."""
     if isinstance(value, torch.Tensor):
-        return _move_leaf(value, device)
+        return value if value.device == device else _move_leaf(value, device)
     if value is None:
         return None
     return map_nested(lambda leaf: _move_leaf(leaf, device), value)
@@ -106,6 +108,33 @@ def bare_module(net: nn.Module) -> nn.Module:
         assert isinstance(inner, nn.Module)
         net = inner
     return net
+
+
+def bare_keys(weights: Mapping[str, Any], known: Iterable[str] = ()) -> Mapping[str, Any]:
+    """Return a state_dict without the prefixes that torch.compile and parallel wrappers gave its keys.
+
+    known: the keys of the net that it is for; "module." goes where more of them are met then.
+    """
+    if not all(isinstance(key, str) for key in weights):
+        return weights
+    own = {_bare_key(key, 0): key for key in known}
+    depth = max(range(MAX_WRAPPERS + 1), key=lambda depth: sum(_bare_key(key, depth) in own for key in weights))
+    names = {key: _bare_key(key, depth) for key in weights}
+    names = {key: own.get(name, name) for key, name in names.items()}
+    if all(key == name for key, name in names.items()) or len(set(names.values())) < len(names):
+        return weights
+    renamed: OrderedDict[str, Any] = OrderedDict((name, weights[key]) for key, name in names.items())
+    if hasattr(weights, "_metadata"):  # versions of modules, by their names, for what modules do as they load
+        versions = {_bare_key(f"{key}.", depth).removesuffix("."): item for key, item in weights._metadata.items()}
+        renamed._metadata = versions  # type: ignore[attr-defined]
+    return renamed
+
+
+def _bare_key(key: str, depth: int) -> str:
+    name = ".".join(part for part in key.split(".") if part != "_orig_mod")
+    for _ in range(depth):
+        name = name.removeprefix("module.")
+    return name
 
 
 def are_finite(state_dict: Mapping[str, Any]) -> bool:

@@ -22,7 +22,8 @@ from kerastorch.device import Nested, leaves, map_nested, preserved_random_state
 from kerastorch.run import Run
 
 Step = Callable[[Run, Any, Any, Tensor | None], tuple[Tensor, Any]]
-Graph = Callable[[Any, Any, Tensor | None], tuple[Tensor, Any]]
+Result = tuple[Tensor, Any, dict[str, Tensor]]  # loss, outputs, the losses by output
+Graph = Callable[[Any, Any, Tensor | None], Result]
 WARM_UP = 3  # eager steps before a capture
 CHECKED_CALLS = 3  # of a compiled step, which show whether it is the same each time
 MAX_CHANGES = 3  # of the optimizer's options in a fit
@@ -37,14 +38,24 @@ class GraphStep:
     """
 
     def __init__(self, run: Run, eager_step: Step) -> None:
-        self.run, self.eager_step = run, eager_step
+        self.eager_step = eager_step
         self._is_cuda = run.device.type == "cuda"
         self._parameters: list[nn.Parameter] = []  # that a step finds gradients of; none before the first graph
         self._gradients: list[Tensor] = []  # theirs, each in a place of its own
         self._graphs: dict[tuple[bool, bool], CompiledStep | CapturedStep] = {}
         self._flags: list[bool] = []  # which parameters require gradients
-        self._epoch, self._warm_up, self._num_changes = -1, WARM_UP, 0
+        self._warm_up = WARM_UP
+        self._settings = _settings(run)
+
+    def fits(self, run: Run) -> bool:
+        """Whether another fit is of the same net, loss, optimizer and options, so that its graphs can go on."""
+        return all(one is other or one == other for one, other in zip(self._settings, _settings(run), strict=True))
+
+    def begin(self, run: Run) -> None:
+        """Take up a fit. Raises ValueError as GraphStep does."""
         _refuse(run)
+        self.run = run
+        self._epoch, self._num_changes = -1, 0
 
     def __call__(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> tuple[Tensor, Any]:
         run, window = self.run, self.run.window
@@ -63,13 +74,17 @@ class GraphStep:
             parts = (run, self._parameters, self._gradients, self._twin, is_first, is_due)
             graph = CapturedStep(*parts, (x, y, sample_weight)) if self._is_cuda else CompiledStep(*parts)
             self._graphs[is_first, is_due] = graph
-        result = graph(x, y, sample_weight)
+        loss, outputs, run.loss_fn.parts = graph(x, y, sample_weight)
         if is_due:
             self._twin.call_hooks()
-        return result
+        return loss, outputs
 
-    def close(self) -> None:
-        """Leave no gradients behind, which the next backward would add to."""
+    def end(self) -> None:
+        """Leave no gradients behind, which the next backward would add to, and hold no data."""
+        self._drop_gradients()
+        vars(self).pop("run")
+
+    def _drop_gradients(self) -> None:
         for parameter in self._parameters:
             parameter.grad = None
 
@@ -77,11 +92,13 @@ class GraphStep:
         """Look whether somebody froze or thawed a part of the net since the last epoch."""
         flags = [parameter.requires_grad for parameter in self.run.net.parameters()]
         if flags != self._flags:
-            self.close()
+            self._drop_gradients()
             self._parameters, self._gradients, self._graphs = [], [], {}
         self._epoch, self._flags = self.run.epoch, flags
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
         for graph in self._graphs.values():
-            graph.begin_epoch()
+            graph.begin_epoch(self.run)
 
     def _prepare(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> None:
         """Settle what the graph is of; on a GPU after the eager steps in which libraries choose their kernels."""
@@ -117,7 +134,7 @@ class GraphStep:
 
     def _step_eagerly(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> tuple[Tensor, Any]:
         if len(self.run.window) == 1:
-            self.close()
+            self._drop_gradients()
         result = self.eager_step(self.run, x, y, sample_weight)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             if parameter.grad is not None and parameter.grad is not gradient:
@@ -215,12 +232,12 @@ class CompiledStep:
 
         def loss_of(values: Any, buffers: Any, x: Any, y: Any, sample_weight: Any) -> Any:
             with torch.autocast(device, dtype, enabled=autocast):
-                loss, outputs = functional_call(whole, (values, buffers), (x, y, sample_weight))
-            return loss / k if k > 1 else loss, (loss, outputs)
+                result = functional_call(whole, (values, buffers), (x, y, sample_weight))
+            return result[0] / k if k > 1 else result[0], result
 
-        def step(x: Any, y: Any, sample_weight: Any) -> tuple[Tensor, Any]:
+        def step(x: Any, y: Any, sample_weight: Any) -> Result:
             detached = {name: value.detach() for name, value in values.items()}
-            grads, (_, (loss, outputs)) = grad_and_value(loss_of, has_aux=True)(detached, buffers, x, y, sample_weight)
+            grads, (_, result) = grad_and_value(loss_of, has_aux=True)(detached, buffers, x, y, sample_weight)
             for name, gradient in zip(values, gradients, strict=True):
                 if is_first:
                     gradient.copy_(grads[name])
@@ -232,22 +249,24 @@ class CompiledStep:
                 if clip_value is not None:
                     nn.utils.clip_grad_value_(parameters, clip_value)
                 raw_step(optimizer)
-            return loss, outputs
+            found: Result = result
+            return found
 
         # A code object of its own, since compiled graphs are kept by it.
         own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
         self._step: Graph = torch.compile(own, fullgraph=True, dynamic=False, options={"fallback_random": True})
-        self._progress = run.progress
         self._checks_left = CHECKED_CALLS
         self._is_made = self._is_different = False
-        self._looks_on = run.callbacks.has_train_batch_begin or run.callbacks.has_train_batch_end
+        self.begin_epoch(run)
 
-    def begin_epoch(self) -> None:
-        """Check again, at the next call, whether anything that the graph holds fast has changed."""
+    def begin_epoch(self, run: Run) -> None:
+        """Check again, at the next call, whether anything that the graph holds has changed."""
+        self._say = run.progress.say
+        self._looks_on = run.callbacks.has_train_batch_begin or run.callbacks.has_train_batch_end
         self._checks_left = max(1, self._checks_left)
 
     @torch.no_grad()
-    def __call__(self, x: Any, y: Any, sample_weight: Tensor | None) -> tuple[Tensor, Any]:
+    def __call__(self, x: Any, y: Any, sample_weight: Tensor | None) -> Result:
         if not self._is_made or self._is_different:
             return self._compile(x, y, sample_weight)
         if self._checks_left or self._looks_on:
@@ -261,11 +280,11 @@ class CompiledStep:
         with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
             return self._step(x, y, sample_weight)
 
-    def _compile(self, x: Any, y: Any, sample_weight: Tensor | None) -> tuple[Tensor, Any]:
+    def _compile(self, x: Any, y: Any, sample_weight: Tensor | None) -> Result:
         """Call the step, which torch compiles where it has to."""
         begun = time.monotonic()
         if not self._is_made:
-            self._progress.say("Compiling the training step ...")
+            self._say("Compiling the training step ...")
         try:
             result = self._step(x, y, sample_weight)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
@@ -275,7 +294,7 @@ class CompiledStep:
         except torch._dynamo.exc.TorchDynamoException as error:
             raise _no_graph(error) from error
         if not self._is_made:
-            self._progress.say(f"Compiled the training step in {time.monotonic() - begun:.1f} s.")
+            self._say(f"Compiled the training step in {time.monotonic() - begun:.1f} s.")
         self._is_made = True
         return result
 
@@ -310,17 +329,18 @@ class CapturedStep:
                         twin.step()
         except RuntimeError as error:
             raise _no_graph(error) from error
-        self._loss, self._outputs = loss.detach(), map_nested(_detach, outputs)
+        self._result = loss.detach(), map_nested(_detach, outputs), dict(run.loss_fn.parts)
 
-    def begin_epoch(self) -> None:
+    def begin_epoch(self, run: Run) -> None:
         """Nothing is looked at again: a capture holds kernels alone."""
 
-    def __call__(self, x: Any, y: Any, sample_weight: Tensor | None) -> tuple[Tensor, Any]:
+    def __call__(self, x: Any, y: Any, sample_weight: Tensor | None) -> Result:
         for held, new in zip(leaves(self._batch), leaves((x, y, sample_weight)), strict=True):
             if isinstance(held, Tensor):
                 held.copy_(new, non_blocking=True)
         self._graph.replay()
-        return self._loss.clone(), map_nested(_clone, self._outputs)
+        result: Result = map_nested(_clone, self._result)
+        return result
 
 
 class _NetAndLoss(nn.Module):
@@ -332,9 +352,18 @@ class _NetAndLoss(nn.Module):
         self.of_loss = run.loss_fn.fn if isinstance(run.loss_fn.fn, nn.Module) else None
         self.kind = run.kinds[0]
 
-    def forward(self, x: Any, y: Any, sample_weight: Any) -> tuple[Tensor, Any]:
+    def forward(self, x: Any, y: Any, sample_weight: Any) -> Result:
         outputs = self.net(**x) if self.kind == "dict" else self.net(*x) if self.kind == "tuple" else self.net(x)
-        return self.loss_fn(outputs, y, sample_weight), outputs
+        if self.loss_fn.part_names:
+            loss, parts = self.loss_fn.with_parts(outputs, y, sample_weight)
+            return loss, outputs, parts
+        return self.loss_fn(outputs, y, sample_weight), outputs, {}
+
+
+def _settings(run: Run) -> tuple[Any, ...]:
+    """Return what a graph is made for."""
+    options = (run.mixed_precision, run.gradient_accumulation_steps, run.clip_grad_norm, run.clip_grad_value)
+    return run.net, run.optimizer, run.loss_fn.fn, *options
 
 
 def _refuse(run: Run) -> None:

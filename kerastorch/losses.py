@@ -78,7 +78,8 @@ class Loss:
             check, self.on_first_batch = self.on_first_batch, None
             check(outputs, y)
         if self._of_outputs is not None:
-            return self._sum_of_outputs(outputs, y, sample_weight)
+            total, self.parts = self.with_parts(outputs, y, sample_weight)
+            return total
         if sample_weight is None:
             loss = self._checked(self.fn(outputs, y))
             return loss if loss.dim() == 0 else loss.mean()
@@ -119,17 +120,19 @@ class Loss:
             raise TypeError(f"the loss {self.name} must return a tensor, got {type(loss).__name__}.")
         return loss
 
-    def _sum_of_outputs(self, outputs: Nested, y: Nested, sample_weight: Nested) -> Tensor:
+    def with_parts(self, outputs: Nested, y: Nested, sample_weight: Nested = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss and what parts would be after the call; for OutputLosses alone."""
         fn = cast(OutputLosses, self.fn)
         total: Any = 0.0
+        parts: dict[str, Tensor] = {}
         for key, loss in cast(dict[OutputKey, Loss], self._of_outputs).items():
             weight = sample_weight
             if weight is not None and not isinstance(weight, Tensor):
                 weight = pick_output(weight, key, "sample_weight")
             part = loss(pick_output(outputs, key, "the outputs"), pick_output(y, key, "the targets"), weight)
-            self.parts[f"{output_name(key)}_loss"] = part.detach()
+            parts[f"{output_name(key)}_loss"] = part.detach()
             total = total + fn.loss_weights.get(key, 1.0) * part
-        return cast(Tensor, total)
+        return cast(Tensor, total), parts
 
     @property
     def part_names(self) -> list[str]:

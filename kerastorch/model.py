@@ -57,7 +57,24 @@ from kerastorch.progress import Progress, Verbose
 from kerastorch.report import Report
 from kerastorch.resume import check_content, find_checkpoint
 from kerastorch.run import AUTOCAST_DTYPES, Compiled, LastFit, Run
+from kerastorch.saving import (
+    LoadReport,
+    SavedState,
+    find_arguments,
+    find_history,
+    find_state,
+    get_model_content,
+    load_weights,
+    plain_arguments,
+    read_model,
+    save_weights,
+    standing_run,
+    take_over,
+    taking_up,
+    write_model,
+)
 from kerastorch.stopping import OnInterrupt, caught_signals, check_on_interrupt, end_interrupted
+from kerastorch.summary import Summary, summarize
 
 if TYPE_CHECKING:
     from kerastorch.metrics import MetricSpec
@@ -84,6 +101,8 @@ class Model:
         self._loop = make_loop("script")
         self._is_jit = self._is_channels_last = False
         self._run: Run | None = None
+        self._arguments: dict[str, Any] | None = None  # compile()'s, where a file can hold them
+        self._saved: SavedState | None = None  # what the next compile() takes over
         self.last_fit = LastFit()
 
     def compile(
@@ -179,7 +198,7 @@ class Model:
         made_metrics = _make_metrics(metrics, loss_fn)
         made_weighted = _make_metrics(weighted_metrics, loss_fn, weighted=True)
         made_weighted = {f"weighted_{k}" if k in made_metrics else k: v for k, v in made_weighted.items()}
-        self._compiled = Compiled(
+        compiled = Compiled(
             loss=loss_fn,
             optimizer=made_optimizer,
             scaler=torch.amp.GradScaler(self.device.type, enabled=mixed_precision == "fp16"),
@@ -196,6 +215,27 @@ class Model:
             jit_compile=jit_compile,
             channels_last=channels_last,
             param_groups=options,
+        )
+        if self._saved is not None:
+            take_over(standing_run(self._make_run(compiled), compiled), self._saved)
+        self._compiled, self._saved = compiled, None
+        self._arguments = plain_arguments(
+            loss=loss,
+            optimizer=optimizer,
+            metrics=metrics,
+            loss_weights=loss_weights,
+            weighted_metrics=weighted_metrics,
+            lr_scheduler=lr_scheduler,
+            lr_scheduler_interval=lr_scheduler_interval,
+            param_groups=param_groups,
+            mixed_precision=mixed_precision,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            clip_grad_norm=clip_grad_norm,
+            clip_grad_value=clip_grad_value,
+            unpack=unpack,
+            jit_compile=jit_compile,
+            channels_last=channels_last,
+            loop=loop,
         )
         self._loop = made_loop
         if self._is_jit:
@@ -457,6 +497,15 @@ class Model:
         """
         return check_model(self, x, y, batch_size=batch_size, steps=steps)
 
+    def summary(self, x: Any = None) -> Summary:
+        """Return a Summary: layers, output shapes, parameters, memory and FLOPs; text, or a table in a notebook.
+
+        x: a batch of inputs, as in predict_on_batch, or its size, (32, 1, 28, 28); a tuple, list or dict of either for
+        several; sizes become random floats. None: no shapes and no FLOPs. The net is left as it was.
+        Raises TypeError or ValueError for what is neither batch nor size.
+        """
+        return summarize(self, x)
+
     def eject(
         self,
         style: Literal["script", "function", "class"],
@@ -474,6 +523,69 @@ class Model:
         Raises RuntimeError before compile(), ValueError for what can't be written out, with the way out.
         """
         return eject_model(self, style, path, callbacks=callbacks, class_weight=class_weight)
+
+    def save_weights(self, path: str | os.PathLike[str]) -> None:
+        """Write the net's state_dict to a file that plain torch opens (.pt) or to .safetensors (an extra).
+
+        Its keys are the bare net's. A crash leaves the old file or the new one, whole.
+        Raises ValueError for another suffix, TypeError for what such a file can't hold, OSError where it can't be
+        written, ImportError without safetensors.
+        """
+        save_weights(self.net, path)
+
+    def load_weights(self, path: str | os.PathLike[str], strict: bool = True) -> LoadReport:
+        """Load weights into the net; return what was loaded, missing, unexpected and mismatched.
+
+        path: a state_dict written by torch.save, by itself or as a training script's "model_state_dict", "state_dict"
+        or "model"; .safetensors; the .index.json of sharded files. Prefixes "module." and "_orig_mod." do not matter.
+        strict: False loads what fits. The optimizer's state stays as it is.
+        Raises ValueError with all keys that do not fit, where strict, or where none fits; CheckpointError for a file
+        that is damaged or would run code. The net is as it was then.
+        """
+        return load_weights(self.net, path, strict=strict)
+
+    def save(self, path: str | os.PathLike[str], *, whole: bool = False) -> None:
+        """Write weights, states of optimizer, scheduler and scaler, history and random states, for Model.load.
+
+        The file has the keys of ModelCheckpoint's and opens with torch.load(path, weights_only=True); compile()'s
+        arguments are in it where all are names or plain values. Between fits: inside one use ModelCheckpoint.
+        whole: pickle the net too, so that Model.load needs only its classes; opening the file runs code.
+        Raises TypeError, naming the part, for what the file can't hold, OSError where it can't be written.
+        """
+        history = History()
+        for one in (self.history, *([self._run.history] if self._run is not None else [])):
+            history.extend(one)
+        compiled = self._compiled
+        run = standing_run(self._make_run(compiled), compiled) if compiled is not None else None
+        write_model(self.net, path, get_model_content(run, history, self._arguments, self._saved), whole=whole)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        net: nn.Module | None = None,
+        *,
+        device: str | torch.device = "auto",
+        trust: bool = False,
+    ) -> Model:
+        """Return the Model that save() wrote, over net, whose weights are replaced; fit goes on to the bit.
+
+        Random states are set to those saved. Where compile()'s arguments are not all in the file the model comes
+        uncompiled: the next compile() takes over the states of optimizer, scheduler and scaler, or names what does not
+        fit. path: also a checkpoint of ModelCheckpoint's (its published weights) or of the usual plain recipe.
+        trust: take the net out of a file of save(whole=True) or torch.save(net), running whatever code it holds.
+        Raises ValueError with all keys that do not fit; CheckpointError for a file that is damaged or would run code.
+        net and random states are as they were then.
+        """
+        content, net, file = read_model(path, net, trust=trust)
+        model = cls(net, device)
+        with taking_up(model.net, content, file):
+            model.history.load_state_dict(find_history(content))
+            model._saved = find_state(content, file)
+            arguments = find_arguments(content, file)
+            if arguments is not None:
+                model.compile(**arguments)
+        return model
 
     def train_on_batch(
         self, x: Any, y: Any = None, sample_weight: Any = None, class_weight: Mapping[int, float] | None = None

@@ -1,8 +1,12 @@
-"""Report: what the pre-flight check found, as text and as HTML for a notebook. Sisters: progress.py, plots.py."""
+"""Report: what the pre-flight check found, as text and as HTML for a notebook; tables and sizes for other pages too.
+
+Sisters: progress.py, plots.py.
+"""
 
 from __future__ import annotations
 
 import html
+import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -57,7 +61,7 @@ class Report:
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return f"<p>{self._headline()}</p>{_html_table(self._findings())}{_html_table(self._layers())}"
+        return f"<p>{self._headline()}</p>{html_table(self._findings())}{html_table(self._layers())}"
 
     def _headline(self) -> str:
         counts = [(sum(finding.level == level for finding in self.findings), level) for level in ("error", "warning")]
@@ -73,6 +77,13 @@ class Report:
         return [("layer", "kind", "output", "parameters"), *rows]
 
 
-def _html_table(rows: Iterable[Sequence[str]]) -> str:
+def html_table(rows: Iterable[Sequence[str]]) -> str:
+    """Return rows of cells as an HTML table, their text escaped."""
     cells = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows)
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def format_bytes(count: float) -> str:
+    """Return a number of bytes as text, three digits and a binary unit."""
+    power = min(3, int(math.log(max(count, 1), 1024)))
+    return f"{count / 1024**power:.3g} {('bytes', 'KiB', 'MiB', 'GiB')[power]}"

@@ -17,7 +17,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
 from kerastorch.checkpoint import CheckpointError, check_plain, copy_to_cpu, newest_first, read_checkpoint
-from kerastorch.device import bare_module, describe, get_random_state, set_random_state
+from kerastorch.device import bare_keys, bare_module, describe, get_random_state, set_random_state
 from kerastorch.errors import warn
 from kerastorch.optimizers import NamedOptimizers, describe_kinds
 
@@ -108,26 +108,15 @@ def find_checkpoint(
 def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
     """Raise ValueError, naming every key that does not fit, before anything of the run is touched."""
     name = repr(str(path))
-    _check_form(content, name)
+    check_form(content, name)
     for key, kind in (("epoch", int), ("model_state_dict", Mapping), ("optimizer_state_dict", Mapping)):
         if not isinstance(content.get(key), kind):
             raise CheckpointError(
                 f"{name} is no training checkpoint: it has no {key!r} to go on from (its keys: {', '.join(content)})."
             )
-    problems = _compare("net", bare_module(run.net).state_dict(), training_weights(content))
-    loss = run.loss_fn.fn.state_dict() if isinstance(run.loss_fn.fn, nn.Module) else {}
-    problems += _compare("loss", loss, content.get("loss_state_dict", {}))
+    own = bare_module(run.net).state_dict()
+    problems = _compare("net", own, bare_keys(training_weights(content), own)) + find_misfits(run, content)
     state = content.get("run", {})
-    own = describe_kinds(run.optimizer)
-    saved = state.get("optimizer", own)
-    if saved != own:
-        problems.append(f"the checkpoint's optimizer is {saved}, this run's {own}")
-    problems += _compare_optimizers(run.optimizer, content["optimizer_state_dict"])
-    own = describe_kinds(run.lr_scheduler)
-    if (saved := state.get("lr_scheduler", own)) != own:
-        problems.append(f"the checkpoint's lr_scheduler is {saved}, this run's {own}")
-    elif state and run.lr_scheduler is not None and "lr_scheduler_state_dict" not in content:
-        problems.append("'lr_scheduler_state_dict' is missing in the checkpoint")
     if problems:
         raise ValueError(f"{name} does not fit this model:\n  " + "\n  ".join(problems))
     source = state.get("train_data")
@@ -150,7 +139,26 @@ def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _check_form(content: Mapping[str, Any], name: str) -> None:
+def find_misfits(run: Run, content: Mapping[str, Any]) -> list[str]:
+    """Return what of the loss, the optimizer and the scheduler in content does not fit run's, key by key."""
+    loss = run.loss_fn.fn.state_dict() if isinstance(run.loss_fn.fn, nn.Module) else {}
+    problems = _compare("loss", loss, content.get("loss_state_dict", {}))
+    state = content.get("run", {})
+    own = describe_kinds(run.optimizer)
+    saved = state.get("optimizer", own)
+    if saved != own:
+        problems.append(f"the checkpoint's optimizer is {saved}, this run's {own}")
+    problems += _compare_optimizers(run.optimizer, content["optimizer_state_dict"])
+    own = describe_kinds(run.lr_scheduler)
+    is_open = run.lr_scheduler_spans and run.lr_scheduler is None  # until a fit begins
+    if (saved := state.get("lr_scheduler", own)) != own and not is_open:
+        problems.append(f"the checkpoint's lr_scheduler is {saved}, this run's {own}")
+    elif state and run.lr_scheduler is not None and "lr_scheduler_state_dict" not in content:
+        problems.append("'lr_scheduler_state_dict' is missing in the checkpoint")
+    return problems
+
+
+def check_form(content: Mapping[str, Any], name: str) -> None:
     """Raise CheckpointError where the counters and histories are not of the form that get_content gives them."""
     problem = None
     state = content.get("run", {})
@@ -230,7 +238,8 @@ def _as_checkpoint_error(run: Run) -> Iterator[None]:
         raise CheckpointError(f"{run.resume_path!r} can't be taken up: {type(error).__name__}: {error}") from error
 
 
-def _restore_modules(run: Run, content: Mapping[str, Any]) -> None:
+def restore_states(run: Run, content: Mapping[str, Any]) -> None:
+    """Load the states of the optimizer, the scheduler, the scaler and the loss, those that content has."""
     run.optimizer.load_state_dict(dict(content["optimizer_state_dict"]))
     if run.lr_scheduler is not None and "lr_scheduler_state_dict" in content:
         run.lr_scheduler.load_state_dict(copy.deepcopy(content["lr_scheduler_state_dict"]))  # CyclicLR takes parts out
@@ -238,7 +247,12 @@ def _restore_modules(run: Run, content: Mapping[str, Any]) -> None:
         run.scaler.load_state_dict(content["scaler_state_dict"])
     if isinstance(run.loss_fn.fn, nn.Module) and "loss_state_dict" in content:
         run.loss_fn.fn.load_state_dict(content["loss_state_dict"])
-    bare_module(run.net).load_state_dict(training_weights(content))
+
+
+def _restore_modules(run: Run, content: Mapping[str, Any]) -> None:
+    restore_states(run, content)
+    net = bare_module(run.net)
+    net.load_state_dict(bare_keys(training_weights(content), net.state_dict()))
 
 
 def _restore_own(run: Run, content: Mapping[str, Any]) -> None:

@@ -765,7 +765,7 @@ class Run:
         """
         if outputs is None:
             raise TypeError("predict_step must return the outputs of the batch, got None.")
-        self.last_outputs = map_nested(to_numpy, outputs)
+        self.last_outputs = to_numpy(outputs) if isinstance(outputs, Tensor) else map_nested(to_numpy, outputs)
         if self.joins:
             self._predictions.append(self.last_outputs, self.num_samples)
 

@@ -308,3 +308,42 @@ def test_evaluate_and_predict_are_those_of_the_other_loops():
         results.append((model.evaluate(X, Y, verbose=0), model.predict(X, verbose=0)))
     assert results[0][0] == results[1][0]
     assert (results[0][1] == results[1][1]).all()
+
+
+@slow
+def test_a_later_fit_goes_on_with_the_graph_and_equals_the_eager_loop(monkeypatch):
+    made = []
+    compile_it = CompiledStep._compile
+    monkeypatch.setattr(CompiledStep, "_compile", lambda self, *batch: (made.append(self), compile_it(self, *batch))[1])
+    results = []
+    for loop in ("function", "graph"):
+        model, history = train(loop)
+        for callbacks in ([], [TerminateOnNaN()]):
+            torch.manual_seed(2)
+            history = model.fit(X, Y, batch_size=8, epochs=2, callbacks=callbacks, verbose=0)
+        assert all(parameter.grad is None for parameter in model.net.parameters())
+        results.append((model, history))
+    assert_alike(*results)
+    assert len(made) == 1
+    assert not made[0]._is_different
+
+
+@slow
+def test_several_outputs_have_their_losses_summed_and_logged():
+    class TwoHeads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 3), nn.Linear(6, 3)
+
+        def forward(self, x):
+            return {"a": self.a(x), "b": self.b(x)}
+
+    results = []
+    for loop in ("function", "graph"):
+        torch.manual_seed(0)
+        model = kt.Model(TwoHeads(), device="cpu")
+        losses = {"a": "cross_entropy", "b": "cross_entropy"}
+        model.compile(losses, "sgd", loss_weights={"a": 1.0, "b": 0.5}, loop=loop)
+        torch.manual_seed(1)
+        results.append((model, model.fit(X, {"a": Y, "b": Y.flip(0)}, batch_size=8, epochs=2, verbose=0)))
+    assert_alike(*results)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler, Subset, TensorDataset, default_collate
+from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset, default_collate
 
 from kerastorch.data.arrays import NestedDataset, default_sampler
 from kerastorch.data.weights import WeightedBatch, WeightedCollate, WeightedDataset
@@ -37,6 +37,10 @@ class Rows:
         if self.kept is not None:
             index = self.kept[index]
         return [tensor.index_select(0, index) for tensor in self.tensors]
+
+    def take_range(self, start: int, stop: int) -> list[Tensor]:
+        """Return the tensors of consecutive rows, where all are kept; copies, since a net may write to its input."""
+        return [tensor[start:stop].clone(memory_format=torch.contiguous_format) for tensor in self.tensors]
 
     @property
     def versions(self) -> list[int]:
@@ -75,14 +79,19 @@ class RowReader:
 
         batch_sampler = cast(Any, self.loader.batch_sampler)
         size = batch_sampler.batch_size
-        order = torch.from_numpy(np.fromiter(batch_sampler.sampler, np.int64))
+        is_range = isinstance(batch_sampler.sampler, SequentialSampler) and self.rows.kept is None
+        if isinstance(batch_sampler.sampler, SequentialSampler):
+            order = torch.arange(len(batch_sampler.sampler))
+        else:
+            order = torch.from_numpy(np.fromiter(batch_sampler.sampler, np.int64))
         if batch_sampler.drop_last:
             order = order[: len(order) // size * size]
         at_once, start = self._batches_at_once(size), 0
         while start < len(order):
             chunk = order[start : start + size * at_once]
             versions = self.rows.versions
-            for batch in self._read(chunk, size):
+            parts = self.rows.take_range(start, start + len(chunk)) if is_range else None
+            for batch in self._read(chunk, size, parts):
                 yield batch
                 start += size
                 if self.rows.versions != versions:  # a step wrote to the data: it may do so again
@@ -97,9 +106,9 @@ class RowReader:
             return 1
         return max(1, CHUNK_BYTES // max(1, sum(nbytes)))
 
-    def _read(self, order: Tensor, size: int) -> Iterator[Any]:
+    def _read(self, order: Tensor, size: int, parts: list[Tensor] | None) -> Iterator[Any]:
         try:
-            parts = self.rows.take(order)
+            parts = self.rows.take(order) if parts is None else parts
         except (IndexError, RuntimeError):  # negative indices, or some out of range
             return map(self._fetch, [part.tolist() for part in order.split(size)])
         # unsafe_split: no views of one another for autograd, which forbids to write to such

@@ -14,11 +14,17 @@ from kerastorch.run import Run
 class GraphLoop(Loop):
     """Forward, gradients, clipping and update in one graph, made at the second batch; evaluation as it is elsewhere.
 
-    Raises ValueError for what a graph can't hold, with the reason and the way out.
+    A later fit of the same model goes on with it. Raises ValueError for what a graph can't hold, with the way out.
     """
 
+    def __init__(self) -> None:
+        self._step: GraphStep | None = None
+
     def fit(self, run: Run) -> None:
-        step = GraphStep(run, eager_step=train_step)
+        if self._step is None or not self._step.fits(run):
+            self._step = GraphStep(run, eager_step=train_step)
+        step = self._step
+        step.begin(run)
         try:
             for epoch in run.epoch_range():
                 train_epoch(run, lambda run, x, y, sample_weight: step(x, y, sample_weight))
@@ -26,7 +32,7 @@ class GraphLoop(Loop):
                     evaluate(run, eval_step)
                 run.advance_lr_scheduler("epoch")
         finally:
-            step.close()
+            step.end()
 
     def evaluate(self, run: Run) -> None:
         evaluate(run, eval_step)
