@@ -72,7 +72,8 @@ def ejected_loop(net: nn.Module, loader: DataLoader[Any], device: str, style: St
 def make_turns(net: nn.Module, loader: DataLoader[Any], device: str) -> dict[str, Turn]:
     """Return {name: a function that trains one epoch}, each on a copy of the net of its own."""
     turns: dict[str, Turn] = {"bare": train_by_hand(net, loader, device)}
-    for style in STYLES:  # with loss, accuracy and the bar on, which draws into nowhere
+    loops = (*STYLES, "graph") if torch.device(device).type == "cuda" else STYLES  # the CPU's graph is fit.py's
+    for style in loops:  # with loss, accuracy and the bar on, which draws into nowhere
         turns[f"fit, {style}"] = partial(make_model(net, style, device).fit, loader, verbose=1)
     for style in STYLES:
         turns[f"ejected, {style}"] = ejected_loop(net, loader, device, style)
