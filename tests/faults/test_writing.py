@@ -724,7 +724,7 @@ def job_two_processes(root: str, kind: str) -> None:
 
 
 class Slow(Dataset[Any]):
-    """Rows that the second epoch's workers wait for; each touches a file first."""
+    """Rows that the second epoch's workers wait for; each touches a file of its own first."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -734,7 +734,7 @@ class Slow(Dataset[Any]):
 
     def __getitem__(self, i: int) -> Any:
         if (self.root / "first epoch").exists():
-            (self.root / "waits").touch()
+            (self.root / f"worker {torch.utils.data.get_worker_info().id}").touch()
             time.sleep(10)
         return X[i], Y[i]
 
@@ -750,7 +750,8 @@ def job_orphans(root: str) -> None:
             make_model().fit(loader, epochs=2, callbacks=[ends, ModelCheckpoint(path)], verbose=0)
         finally:
             os._exit(1)
-    wait_for(folder / "waits")
+    for worker in range(2):  # torch's watchdog, set later, would not see the death of a parent that is gone already
+        wait_for(folder / f"worker {worker}")
     os.kill(first, signal.SIGKILL)
     os.waitpid(first, 0)
     assert len(train(ModelCheckpoint(path), epochs=2, resume=True)[1].epoch) == 2
