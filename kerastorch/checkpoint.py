@@ -339,14 +339,14 @@ def _check_tensor(tensor: Tensor) -> None:
         raise ValueError(f"it has a tensor of shape {tuple(tensor.shape)} with less data than that")
 
 
-def check_plain(value: object, key: str = "") -> None:
+def check_plain(value: Any, key: str = "") -> None:
     """Raise TypeError, naming the key, unless value is made of what torch.load(weights_only=True) reads."""
     if type(value) in (dict, OrderedDict, Counter):
-        for name, item in value.items():  # type: ignore[attr-defined]
+        for name, item in value.items():
             check_plain(name, f"the key {name!r} of {key or 'the checkpoint'}")
             check_plain(item, f"{key}[{name!r}]")
     elif type(value) in (list, tuple, set):
-        for i, item in enumerate(value):  # type: ignore[arg-type]
+        for i, item in enumerate(value):
             check_plain(item, f"{key}[{i}]")
     elif type(value) not in (*PLAIN_TYPES, Tensor, nn.Parameter):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
@@ -388,7 +388,7 @@ def copy_to_cpu(value: Any, copies: dict[tuple[object, ...], Tensor] | None = No
     if isinstance(value, dict):
         copied = type(value)((name, copy_to_cpu(item, copies)) for name, item in value.items())
         if hasattr(value, "_metadata"):  # the versions of modules, beside a state_dict's items
-            copied._metadata = value._metadata  # type: ignore[attr-defined]
+            vars(copied)["_metadata"] = value._metadata
         return copied
     if type(value) in (list, tuple):
         return type(value)(copy_to_cpu(item, copies) for item in value)

@@ -126,7 +126,7 @@ def bare_keys(weights: Mapping[str, Any], known: Iterable[str] = ()) -> Mapping[
     renamed: OrderedDict[str, Any] = OrderedDict((name, weights[key]) for key, name in names.items())
     if hasattr(weights, "_metadata"):  # versions of modules, by their names, for what modules do as they load
         versions = {_bare_key(f"{key}.", depth).removesuffix("."): item for key, item in weights._metadata.items()}
-        renamed._metadata = versions  # type: ignore[attr-defined]
+        vars(renamed)["_metadata"] = versions
     return renamed
 
 

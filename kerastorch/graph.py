@@ -205,7 +205,7 @@ class OptimizerTwin:
 
     def call_hooks(self) -> None:
         """Call what callbacks hung on the optimizer's step; the gradients are those of the update."""
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers warn without it
+        vars(self.optimizer)["_opt_called"] = True  # schedulers warn without it
         for hook in _hooks(self.optimizer):
             hook(self.optimizer, (), {})
 

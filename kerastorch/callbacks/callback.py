@@ -33,6 +33,7 @@ from __future__ import annotations
 import difflib
 import math
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -135,7 +136,7 @@ class Callback:
         """Take up what state_dict() returned, after on_train_begin and, inside an epoch, again after on_epoch_begin."""
 
 
-class Checkpointer(Callback):
+class Checkpointer(Callback, ABC):
     """The base of the callbacks that write checkpoints; save() comes when all hooks of the moment are through.
 
     save_freq: "epoch", or a number of batches, counted across epochs, after which the next optimizer step is due.
@@ -178,13 +179,13 @@ class Checkpointer(Callback):
             self._batches_at_save, self._saved_at = self.run.batches_seen, position
         return is_due
 
+    @abstractmethod
     def save(self, moment: Moment, logs: Logs) -> None:
         """Write, if it is time. moment: an epoch's end, an optimizer step inside it, or an interrupt's last chance."""
-        raise NotImplementedError
 
+    @abstractmethod
     def files(self) -> list[Path]:
         """Return the files that a run can be resumed from, the newest first."""
-        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches_at_save": self._batches_at_save}
@@ -370,10 +371,10 @@ class Monitor:
             return True
         return value - self.min_delta > reference if self.higher_is_better else value + self.min_delta < reference
 
-    def _number(self, value: object) -> float:
+    def _number(self, value: Any) -> float:
         try:
             if not isinstance(value, str):
-                return float(value)  # type: ignore[arg-type]
+                return float(value)
         except (TypeError, ValueError, RuntimeError):
             pass
         raise ValueError(

@@ -1004,7 +1004,7 @@ def wait():
 
 
 class Child:
-    """A script in a session of its own, as a terminal or a batch system starts it."""
+    """A script in a process group of its own, as a terminal or a batch system starts it."""
 
     def __init__(self, server, folder, script):
         self.server, self.folder = server, folder
