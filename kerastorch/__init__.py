@@ -12,12 +12,15 @@ Model is in model.py, the loops in loops/, callbacks in callbacks/, the digits i
 from kerastorch import callbacks, datasets, initializers, loops
 from kerastorch.callbacks import Callback
 from kerastorch.device import set_seed, try_all_gpus, try_gpu
+from kerastorch.export import ExportReport
+from kerastorch.exported import ExportedModel, load_exported
 from kerastorch.history import History
 from kerastorch.initializers import initialize
 from kerastorch.loops import ClassLoop, FunctionLoop, Loop, ScriptLoop
 from kerastorch.model import Model
 from kerastorch.report import Report
 from kerastorch.run import Run
+from kerastorch.saving import LoadReport
 from kerastorch.summary import Summary
 
 __version__ = "0.1.0"
@@ -25,8 +28,11 @@ __version__ = "0.1.0"
 __all__ = [
     "Callback",
     "ClassLoop",
+    "ExportReport",
+    "ExportedModel",
     "FunctionLoop",
     "History",
+    "LoadReport",
     "Loop",
     "Model",
     "Report",
@@ -37,6 +43,7 @@ __all__ = [
     "datasets",
     "initialize",
     "initializers",
+    "load_exported",
     "loops",
     "set_seed",
     "try_all_gpus",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from kerastorch.device import bare_module
+from kerastorch.device import bare_module, lazy_copies, lazy_names
 
 EXTRA_STATE = "_extra_state"  # the last part of its key in a state_dict
 
@@ -28,7 +29,10 @@ class WeightAverage:
         self.net, self.keeps = bare_module(net), keeps
         self.is_swapped = False
         try:
-            self.averaged_net = AveragedModel(self.net, multi_avg_fn=multi_avg_fn).eval()
+            copied = copy.deepcopy(self.net, lazy_copies(self.net))
+            self.averaged_net = AveragedModel(nn.Identity(), multi_avg_fn=multi_avg_fn)
+            self.averaged_net.module = copied
+            self.averaged_net.eval()
         except (TypeError, RuntimeError) as error:
             kind = type(self.net).__name__
             raise TypeError(f"{owner} averages a copy of the net, but this {kind} can't be copied: {error}") from error
@@ -38,8 +42,15 @@ class WeightAverage:
         """Whether there is anything in it yet."""
         return int(self.averaged_net.n_averaged) > 0  # on the CPU always: no sync
 
+    def take_shapes(self) -> None:
+        """Give a copy that was made of a lazy net the shapes that the net has by now."""
+        if not self.has_begun and lazy_names(self.averaged_net):
+            module: nn.Module = self.averaged_net.module
+            module.load_state_dict(self.net.state_dict())
+
     def update(self) -> None:
         """Take the net's weights into the average; buffers follow the net's."""
+        self.take_shapes()
         self.averaged_net.update_parameters(self.net)
 
     def published_state_dict(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 from kerastorch.callbacks import CallbackList
 from kerastorch.data import Batch, BatchSource, make_dataset, make_source, needs_unpack
 from kerastorch.data.arrays import NestedDataset
-from kerastorch.device import Nested, leaves, map_nested, preserved_random_state
+from kerastorch.device import Nested, lazy_copies, leaves, map_nested, preserved_random_state
 from kerastorch.errors import check_int
 from kerastorch.loops.function_loop import train_step
 from kerastorch.losses import Loss, loss_scale
@@ -149,7 +149,7 @@ def _has_error(findings: Sequence[Finding]) -> bool:
 
 def _copied_run(model: Model, compiled: Compiled, batches: Sequence[Batch]) -> Run:
     """A Run in training that gives these batches to copies of net, loss and optimizer, which refer to each other."""
-    memo: dict[int, Any] = {}
+    memo = lazy_copies(model.net)
     net, loss = copy.deepcopy((model.net, compiled.loss), memo)
     optimizer: Optimizer = object.__new__(type(compiled.optimizer))
     for name, value in vars(compiled.optimizer).items():  # deepcopy of the whole would lose a subclass's attributes

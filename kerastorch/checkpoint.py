@@ -24,6 +24,7 @@ from typing import IO, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from kerastorch.file_lock import FileLock
 
@@ -117,7 +118,7 @@ def _write_atomically(
         temporary.unlink(missing_ok=True)  # a link may have been planted there
         write(temporary)
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException as error:
         with suppress(OSError):  # where the folder has gone too
             temporary.unlink(missing_ok=True)
@@ -339,15 +340,24 @@ def _check_tensor(tensor: Tensor) -> None:
         raise ValueError(f"it has a tensor of shape {tuple(tensor.shape)} with less data than that")
 
 
-def check_plain(value: Any, key: str = "") -> None:
-    """Raise TypeError, naming the key, unless value is made of what torch.load(weights_only=True) reads."""
+def check_plain(value: Any, key: str = "", *, takes_lazy: bool = False) -> None:
+    """Raise TypeError, naming the key, unless value is made of what torch.load(weights_only=True) reads.
+
+    takes_lazy: whether weights may wait for their shape, as before the first batch.
+    """
     if type(value) in (dict, OrderedDict, Counter):
         for name, item in value.items():
             check_plain(name, f"the key {name!r} of {key or 'the checkpoint'}")
-            check_plain(item, f"{key}[{name!r}]")
+            check_plain(item, f"{key}[{name!r}]", takes_lazy=takes_lazy)
     elif type(value) in (list, tuple, set):
         for i, item in enumerate(value):
-            check_plain(item, f"{key}[{i}]")
+            check_plain(item, f"{key}[{i}]", takes_lazy=takes_lazy)
+    elif is_lazy(value):
+        if not takes_lazy:
+            raise TypeError(
+                f"a checkpoint can't hold {key}, whose shape is not known yet: run one batch through the lazy net "
+                "before compile(), for example net(x[:1])."
+            )
     elif type(value) not in (*PLAIN_TYPES, Tensor, nn.Parameter):
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise TypeError(
@@ -378,6 +388,8 @@ def num_bytes(value: Any) -> int:
 def copy_to_cpu(value: Any, copies: dict[tuple[object, ...], Tensor] | None = None) -> Any:
     """Return content with its tensors copied to the CPU; one that stands in it twice is copied once."""
     copies = {} if copies is None else copies
+    if is_lazy(value):  # there is nothing in it
+        return value
     if isinstance(value, Tensor):
         if value.layout is not torch.strided:
             return value.detach().to("cpu", copy=True)
@@ -440,7 +452,8 @@ def _reason(error: Exception) -> str:
     return text.splitlines()[0] if text else type(error).__name__
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Let what was renamed in a folder outlive a crash of the machine."""
     if os.name != "posix":  # a folder can't be opened for fsync elsewhere
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from kerastorch.errors import check_int
 
 Nested = Any  # a tensor, or tuples, lists and dicts of Nested; other leaves (strings, numbers, None) pass through
 MAX_WRAPPERS = 3  # how often parallel wrappers may stand around a net whose weights are read
+SIDE_BYTES = 2**20  # a batch of this size is worth a stream of its own: its copy takes some 50 us
+MAX_AHEAD = 2  # such batches that may be copied before the work on an earlier one is through
 OutputKey = str | int  # which of several outputs: a dict's key or a tuple's index
 
 
@@ -101,6 +105,78 @@ def _move_leaf(leaf: Any, device: torch.device) -> Any:
     return target.to(device, non_blocking=device.type == "cuda" and leaf.is_pinned())
 
 
+class CopyStream:
+    """Moves batches to a GPU and does not wait: a large one is copied beside the kernels that are still queued there.
+
+    Nothing is read ahead for this. The host launches work faster than the GPU does it, so that there is work of earlier
+    batches to copy beside; a host that is behind leaves nothing to gain.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream = _side_stream(device)
+        self._marks: deque[torch.cuda.Event] = deque()  # of the work queued when a large batch was copied
+
+    def __call__(self, batch: Nested) -> Nested:
+        """Return batch with each tensor on the device, ready for work on its current stream."""
+        nbytes = sum(leaf.nbytes for leaf in leaves(batch) if _is_plain(leaf))
+        if nbytes < SIDE_BYTES:
+            return map_nested(self._move, batch)
+        compute = torch.cuda.current_stream(self.device)
+        self._wait_for_room(compute)
+        moved = map_nested(lambda leaf: self._move_beside(leaf, compute), batch)
+        compute.wait_stream(self._stream)
+        return moved
+
+    def _move(self, leaf: Any) -> Any:
+        return send(leaf, self.device) if _is_plain(leaf) else move_to_device(leaf, self.device)
+
+    def _move_beside(self, leaf: Any, compute: torch.cuda.Stream) -> Any:
+        if not _is_plain(leaf):
+            return move_to_device(leaf, self.device)
+        with torch.cuda.stream(self._stream):
+            moved = send(leaf, self.device)
+        moved.record_stream(compute)  # else its memory could go to the next copy while kernels still read it
+        return moved
+
+    def _wait_for_room(self, compute: torch.cuda.Stream) -> None:
+        """Let the host be MAX_AHEAD batches ahead and no more: each of them takes memory."""
+        if len(self._marks) == MAX_AHEAD:
+            self._marks.popleft().synchronize()
+        mark = torch.cuda.Event()
+        mark.record(compute)
+        self._marks.append(mark)
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a tensor on a GPU, whose copy may still be under way; the CPU's may be written to at once if not pinned.
+
+    Only pinned memory is copied while the host goes on, so that others are copied there first.
+    """
+    if not tensor.is_pinned():
+        try:
+            tensor = torch.empty_like(tensor, pin_memory=True).copy_(tensor)
+        except RuntimeError:  # no more memory may be pinned
+            return tensor.to(device)
+    return tensor.to(device, non_blocking=True)
+
+
+def _is_plain(leaf: Any) -> bool:
+    """Whether a leaf is a tensor on the CPU without anything that send() does not know of."""
+    return (
+        type(leaf) is torch.Tensor
+        and leaf.device.type == "cpu"
+        and leaf.layout is torch.strided
+        and not (leaf.requires_grad or leaf.is_quantized)
+    )
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return one stream for all runs, since memory that is freed is kept for the stream that it was taken on."""
+    return torch.cuda.Stream(device)
+
+
 def bare_module(net: nn.Module) -> nn.Module:
     """Return the module inside torch.compile's or a parallel wrapper, whose keys have no prefix."""
     while isinstance(net, (nn.DataParallel, nn.parallel.DistributedDataParallel)) or hasattr(net, "_orig_mod"):
@@ -108,6 +184,17 @@ def bare_module(net: nn.Module) -> nn.Module:
         assert isinstance(inner, nn.Module)
         net = inner
     return net
+
+
+def lazy_names(net: nn.Module) -> list[str]:
+    """Return the names of the parameters and buffers whose shapes no forward has settled yet."""
+    return [name for name, value in (*net.named_parameters(), *net.named_buffers()) if is_lazy(value)]
+
+
+def lazy_copies(net: nn.Module) -> dict[int, Any]:
+    """Return copies of the buffers that have no shape yet, as deepcopy's memo: torch can't copy these."""
+    lazy: list[Any] = [buffer for buffer in net.buffers() if is_lazy(buffer)]
+    return {id(buffer): type(buffer)(device=buffer.device, dtype=buffer.dtype) for buffer in lazy}
 
 
 def bare_keys(weights: Mapping[str, Any], known: Iterable[str] = ()) -> Mapping[str, Any]:
@@ -149,8 +236,8 @@ def num_samples(x: Nested) -> int:
 
     Raises ValueError where x holds no tensor with a batch dimension.
     """
-    if isinstance(x, torch.Tensor) and x.dim() > 0:
-        return len(x)
+    if isinstance(x, torch.Tensor) and (shape := x.shape):
+        return shape[0]
     for leaf in leaves(x):
         if isinstance(leaf, PackedSequence):
             return int(leaf.batch_sizes[0])  # a CPU tensor always: no sync

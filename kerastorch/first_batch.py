@@ -18,6 +18,8 @@ from kerastorch.losses import OutputLosses, is_torch_own, loss_scale
 
 _FIRST_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.modules.batchnorm._BatchNorm)
 _SHAPELESS = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
+_RESHAPING = {"View", "UnsafeView", "Squeeze", "Unsqueeze", "Select", "Slice", "T", "Transpose", "Permute", "Expand"}
+_RESHAPING |= {"Clone", "ToCopy", "Cat", "Stack", "Index", "Gather"}  # in autograd's names, which leave values alone
 
 
 def signature(x: Nested, y: Nested) -> tuple[object, ...]:
@@ -115,8 +117,8 @@ def check_outputs(
     warns: bool = True,
     was_trained: bool = False,
     of: str = "",
-) -> None:
-    """Raise ValueError, or warn, where outputs and targets are not what a torch loss takes.
+) -> bool:
+    """Raise ValueError, or warn, where outputs and targets are not what a torch loss takes; return whether it warned.
 
     data_name: what the data is called.   fn: the loss, or OutputLosses; of one's own only NaN is looked for.
     warns: whether to warn too.   was_trained: whether this fit has changed the weights, which may have become NaN.
@@ -129,12 +131,12 @@ def check_outputs(
                 f"({', '.join(map(output_name, fn.losses))}): nothing would be learnt from the rest. Drop it with "
                 "compile(unpack=...), or give it a loss."
             )
+        warned = False
         for key, part in fn.losses.items():
             parts = pick_output(outputs, key, "the outputs"), pick_output(y, key, "the targets")
-            check_outputs(
-                data_name, net, part, x, *parts, warns=warns, was_trained=was_trained, of=f" of {output_name(key)}"
-            )
-        return
+            of = f" of {output_name(key)}"
+            warned |= check_outputs(data_name, net, part, x, *parts, warns=warns, was_trained=was_trained, of=of)
+        return warned
     scale = loss_scale(fn)
     if y is None and scale != "unknown" and is_torch_own(fn):
         raise ValueError(
@@ -143,7 +145,7 @@ def check_outputs(
         )
     _check_outputs_finite(net, x, outputs, was_trained)
     if scale == "unknown" or not is_torch_own(fn):
-        return
+        return False
     same_length = isinstance(outputs, Tensor) and outputs.dim() > 0 and len(outputs) == num_samples(x)
     if same_length and isinstance(y, Tensor) and (y.dim() == 0 or len(y) != len(outputs)):
         raise _other_size(data_name, x, "y", y, y)
@@ -155,7 +157,7 @@ def check_outputs(
             f"the loss {name} takes one tensor of outputs and one of targets, but outputs are {describe(outputs)} and "
             f"targets {describe(y)}: for several outputs give a list or dict of losses, one for each."
         )
-    outputs = outputs.detach()
+    made_by, outputs = _made_by(outputs), outputs.detach()
     if scale in ("class_logits", "log_probabilities"):
         _check_classes(name, fn, outputs, y)
     else:
@@ -168,8 +170,7 @@ def check_outputs(
             f"the loss {name} takes log-probabilities, but the outputs reach {float(outputs.max()):.3g}: end the net "
             "in nn.LogSoftmax(1), or use 'cross_entropy' on logits."
         )
-    if warns:
-        _warn_of_activation(name, scale, net, outputs.float())
+    return warns and _warn_of_activation(name, scale, net, outputs.float(), made_by)
 
 
 def _check_outputs_finite(net: nn.Module, x: Nested, outputs: Nested, was_trained: bool) -> None:
@@ -264,24 +265,47 @@ def _check_labels(name: str, scale: str, outputs: Tensor, y: Tensor) -> None:
         )
 
 
-def _warn_of_activation(name: str, scale: str, net: nn.Module, outputs: Tensor) -> None:
-    if scale == "class_logits" and bool(((outputs >= 0) & (outputs <= 1)).all()):
-        sums = outputs.sum(1)
-        if torch.allclose(sums, torch.ones_like(sums), atol=1e-3):
+def _warn_of_activation(name: str, scale: str, net: nn.Module, outputs: Tensor, made_by: str) -> bool:
+    """Warn where what made the outputs, or, where that is not known, their values leave no doubt of an activation.
+
+    Values from 0 to 1 alone do not: a bias may have brought logits there. Returns whether it warned.
+    """
+    if not bool(((outputs >= 0) & (outputs <= 1)).all()):
+        return False
+    if scale == "class_logits":
+        rows = outputs.movedim(1, -1).flatten(0, -2)
+        sums = rows.sum(1)
+        differ = bool((rows.amax(0) - rows.amin(0) > 0.01).any())
+        if torch.allclose(sums, torch.ones_like(sums), atol=1e-3) and (made_by == "Softmax" or differ):
             warnings.warn(
                 f"the loss {name} takes logits, but the outputs look like a softmax's (rows sum to 1), which trains "
                 "slowly: remove the softmax from the net, or use 'nll' on a log_softmax.",
                 stacklevel=2,
             )
+            return True
     last = [module for module in net.modules() if not list(module.children())][-1:]
-    is_many = outputs.dim() <= 2 and outputs.numel() >= 32  # logits of so many rows are not all above 0 by chance
-    looks_sigmoid = is_many or any(isinstance(module, nn.Sigmoid) for module in last)
-    if scale == "label_logits" and looks_sigmoid and bool(((outputs > 0) & (outputs < 1)).all()):
+    if not made_by and last and isinstance(last[0], nn.Sigmoid):
+        made_by = "Sigmoid"
+    if scale == "label_logits" and made_by in ("Sigmoid", "Hardsigmoid", "Softmax"):
+        kind = made_by.lower()
         warnings.warn(
-            f"the loss {name} takes logits, but the outputs look like a sigmoid's (all from 0 to 1): remove the "
-            "sigmoid from the net, or use torch.nn.BCELoss().",
+            f"the loss {name} takes logits, but the outputs look like a {kind}'s (all from 0 to 1): remove the {kind} "
+            "from the net, or use torch.nn.BCELoss().",
             stacklevel=2,
         )
+        return True
+    return False
+
+
+def _made_by(outputs: Tensor) -> str:
+    """Return the name of torch's operation that computed the values, "Sigmoid" or "Addmm"; "" where it is not known."""
+    node = outputs.grad_fn
+    while node is not None:
+        kind, _, number = node.name().partition("Backward")
+        if kind not in _RESHAPING:
+            return kind if number.isdigit() else ""  # a function of the user's own, or compiled code, has no number
+        node = node.next_functions[0][0]
+    return ""
 
 
 def check_batch_norm(net: nn.Module, rows: int | None, batch_size: int | None, drop_last: bool) -> None:

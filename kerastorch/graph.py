@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
@@ -24,6 +27,8 @@ from kerastorch.run import Run
 Step = Callable[[Run, Any, Any, Tensor | None], tuple[Tensor, Any]]
 Result = tuple[Tensor, Any, dict[str, Tensor]]  # loss, outputs, the losses by output
 Graph = Callable[[Any, Any, Tensor | None], Result]
+NOT_THE_USERS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
+PYTHON_CALL = re.compile(r'File "(.+)", line (\d+), in .+\n\s*(.+)')  # in a traceback
 WARM_UP = 3  # eager steps before a capture
 CHECKED_CALLS = 3  # of a compiled step, which show whether it is the same each time
 MAX_CHANGES = 3  # of the optimizer's options in a fit
@@ -71,8 +76,8 @@ class GraphStep:
             self._note_change()
         graph = self._graphs.get((is_first, is_due))
         if graph is None:
-            parts = (run, self._parameters, self._gradients, self._twin, is_first, is_due)
-            graph = CapturedStep(*parts, (x, y, sample_weight)) if self._is_cuda else CompiledStep(*parts)
+            parts = StepParts(run, self._parameters, self._gradients, self._twin, is_first, is_due)
+            graph = CapturedStep(parts, (x, y, sample_weight)) if self._is_cuda else CompiledStep(parts)
             self._graphs[is_first, is_due] = graph
         loss, outputs, run.loss_fn.parts = graph(x, y, sample_weight)
         if is_due:
@@ -210,18 +215,27 @@ class OptimizerTwin:
             hook(self.optimizer, (), {})
 
 
+@dataclass(frozen=True)
+class StepParts:
+    """What the graph of a step is made of.
+
+    is_first, is_due: whether the step begins a window of accumulated gradients, and whether it ends one.
+    """
+
+    run: Run
+    parameters: list[nn.Parameter]
+    gradients: list[Tensor]
+    twin: OptimizerTwin
+    is_first: bool
+    is_due: bool
+
+
 class CompiledStep:
     """The step as one function of torch.compile."""
 
-    def __init__(
-        self,
-        run: Run,
-        parameters: list[nn.Parameter],
-        gradients: list[Tensor],
-        twin: OptimizerTwin,
-        is_first: bool,
-        is_due: bool,
-    ) -> None:
+    def __init__(self, parts: StepParts) -> None:
+        run, twin, parameters, gradients = parts.run, parts.twin, parts.parameters, parts.gradients
+        is_first, is_due = parts.is_first, parts.is_due
         whole = _NetAndLoss(run)
         buffers = dict(whole.named_buffers())
         names = {id(parameter): name for name, parameter in whole.named_parameters()}
@@ -255,7 +269,7 @@ class CompiledStep:
         # A code object of its own, since compiled graphs are kept by it.
         own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
         self._step: Graph = torch.compile(own, fullgraph=True, dynamic=False, options={"fallback_random": True})
-        self._checks_left = CHECKED_CALLS
+        self._net, self._checks_left = run.net, CHECKED_CALLS
         self._is_made = self._is_different = False
         self.begin_epoch(run)
 
@@ -292,7 +306,7 @@ class CompiledStep:
                 "loop='graph': the step is another each time, as where the net counts its calls: use loop='script'."
             ) from error
         except torch._dynamo.exc.TorchDynamoException as error:
-            raise _no_graph(error) from error
+            raise _no_graph(error, self._net) from error
         if not self._is_made:
             self._say(f"Compiled the training step in {time.monotonic() - begun:.1f} s.")
         self._is_made = True
@@ -302,33 +316,25 @@ class CompiledStep:
 class CapturedStep:
     """The step as a CUDA graph: kernels that were launched once, launched again all together."""
 
-    def __init__(
-        self,
-        run: Run,
-        parameters: list[nn.Parameter],
-        gradients: list[Tensor],
-        twin: OptimizerTwin,
-        is_first: bool,
-        is_due: bool,
-        batch: tuple[Any, Any, Any],
-    ) -> None:
+    def __init__(self, parts: StepParts, batch: tuple[Any, Any, Any]) -> None:
+        run = parts.run
         self._batch = map_nested(_clone, batch)
         self._graph = torch.cuda.CUDAGraph()
         x, y, sample_weight = self._batch
         try:
             with torch.cuda.graph(self._graph):
-                if is_first:
-                    torch._foreach_zero_(gradients)
+                if parts.is_first:
+                    torch._foreach_zero_(parts.gradients)
                 with run.autocast():
                     outputs = run.forward(x)
                     loss = run.loss_fn(outputs, y, sample_weight)
                 run.share(loss).backward()
-                if is_due:
+                if parts.is_due:
                     run.prepare_gradients()
                     with torch.no_grad():
-                        twin.step()
+                        parts.twin.step()
         except RuntimeError as error:
-            raise _no_graph(error) from error
+            raise _no_graph(error, run.net) from error
         self._result = loss.detach(), map_nested(_detach, outputs), dict(run.loss_fn.parts)
 
     def begin_epoch(self, run: Run) -> None:
@@ -382,11 +388,15 @@ def _refuse(run: Run) -> None:
         raise ValueError(f"loop='graph': {reason}; or use loop='script'.")
 
 
-def _no_graph(error: Exception) -> ValueError:
+def _no_graph(error: Exception, net: nn.Module) -> ValueError:
     first = next(filter(None, str(error).splitlines()), type(error).__name__)
+    calls = [call for call in PYTHON_CALL.findall(str(error)) if not call[0].startswith(NOT_THE_USERS)]
+    place = f" At {calls[-1][0]}:{calls[-1][1]}, {calls[-1][2]}." if calls else ""
+    has_mask = any(isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)) for module in net.modules())
+    hint = " To nn.Transformer's parts give is_causal=True or False beside a mask, which they look into otherwise."
     return ValueError(
-        f"loop='graph' can't make one graph of this training step: {first} Use loop='script', with jit_compile=True to "
-        "compile the net alone."
+        f"loop='graph' can't make one graph of this training step: {first}{place}{hint if has_mask else ''} Use "
+        "loop='script', with jit_compile=True to compile the net alone."
     )
 
 

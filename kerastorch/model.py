@@ -31,6 +31,7 @@ from kerastorch.data import (
 from kerastorch.device import (
     Nested,
     get_random_state,
+    lazy_names,
     move_to_device,
     preserved_random_state,
     resolve_device,
@@ -38,6 +39,7 @@ from kerastorch.device import (
 )
 from kerastorch.eject import eject_model
 from kerastorch.errors import check_choice, check_int, did_you_mean
+from kerastorch.export import ExportReport, export_model
 from kerastorch.history import History
 from kerastorch.jit import compile_arguments, told_apart
 from kerastorch.loops import Loop, has_own_train_step, is_own_loop, make_loop
@@ -47,6 +49,7 @@ from kerastorch.optimizers import (
     OPTIMIZERS,
     OptimizerSpec,
     SchedulerSpec,
+    check_clipping,
     copy_options,
     make_optimizer,
     make_optimizers,
@@ -133,6 +136,7 @@ class Model:
         dict of losses, one for each output, is summed, times loss_weights, and logged as "<output>_loss".
         optimizer: a name (torch's defaults, fused where torch can), a class or factory called with the parameters, or
         an object; for a loop of your own also a dict of them, each over the part of the net that its key names.
+        A lazy net's weights are drawn at the first batch, as net(x) in eval mode would draw them before the call.
          metrics: a name, torchmetrics object or function (outputs, y) -> tensor, or a list or dict of them;
         with several losses a dict by output or a list of lists, logged as "<output>_<metric>".
         weighted_metrics: as metrics, averaged with the sample weights.
@@ -166,6 +170,11 @@ class Model:
                 raise ValueError(f"{argument} must be above 0, got {value!r}.")
         if unpack is not None and not callable(unpack):
             raise TypeError(f"unpack must be a function of a batch, got {unpack!r}.")
+        if channels_last and (lazy := lazy_names(self.net)):
+            raise ValueError(
+                f"channels_last lays out the weights, but the shape of {lazy[0]!r} is not known yet: run one batch "
+                "through the lazy net before compile(), for example net(x[:1])."
+            )
         jit_arguments = compile_arguments(self.net, jit_compile, self.device)
         made_loop = make_loop(loop)
         if cuts_batches and (has_own_train_step(made_loop) or loop == "graph"):
@@ -190,6 +199,8 @@ class Model:
                 "LBFGS calls the loss several times a step through a closure, which the built-in loops do not give it: "
                 "subclass ClassLoop and call self.optimizer.step(closure) in train_step."
             )
+        if not has_own_train_step(made_loop):
+            check_clipping(self.net, made_optimizer, clip_grad_value)
         options = copy_options(made_optimizer)  # before a scheduler changes them
         scheduler = make_scheduler(lr_scheduler, made_optimizer)
         if lr_scheduler_interval == "step" and (scheduler is None or isinstance(scheduler, ReduceLROnPlateau)):
@@ -524,6 +535,43 @@ class Model:
         """
         return eject_model(self, style, path, callbacks=callbacks, class_weight=class_weight)
 
+    def export(
+        self,
+        path: str | os.PathLike[str],
+        example: Any,
+        *,
+        dynamic_batch: bool = True,
+        input_names: Sequence[str] | None = None,
+        output_names: Sequence[str] | None = None,
+        aot_inductor: bool = False,
+        tolerance: float = 1e-4,
+    ) -> ExportReport:
+        """Write the net, in eval mode, to a file that runs without its class; return how near the file is.
+
+        path: .onnx (needs the extra "export") or .pt2, of torch.export; kt.load_exported(path) opens either.
+        example: a batch of inputs, as in predict_on_batch, or its size, (32, 1, 28, 28); a tuple, list or dict for
+        several.   dynamic_batch: let the file take any number of rows, otherwise only as many as example has; an input
+        with as many rows as the first has is taken for batched.
+        input_names, output_names: for .onnx, in order; forward's own, and the outputs' keys or "output", by default.
+        aot_inductor: compile the .pt2 to machine code for this kind of device (needs a C++ compiler; it takes a while).
+        tolerance: how far an output may differ, as a share of its largest value; 1e-6 is let through always.
+        Precision is the weights' own, whatever compile() was told. The file is loaded again and compared with the net,
+        on fresh inputs of two batch sizes, before it takes its name; weights beyond 1.5 GB of an .onnx stand beside it,
+        in path + ".data". Net and random states stay as they were.
+        Raises ValueError, naming the part, for what can't be exported or comes out otherwise (no file is left, an
+        earlier one stays), TypeError for inputs and outputs that are not tensors, ImportError without the extra.
+        """
+        return export_model(
+            self,
+            path,
+            example,
+            dynamic_batch=dynamic_batch,
+            input_names=input_names,
+            output_names=output_names,
+            aot_inductor=aot_inductor,
+            tolerance=tolerance,
+        )
+
     def save_weights(self, path: str | os.PathLike[str]) -> None:
         """Write the net's state_dict to a file that plain torch opens (.pt) or to .safetensors (an extra).
 
@@ -698,6 +746,8 @@ class Model:
         bound: Run | None = vars(self._loop).get("run")  # another Model's, where two share a loop
         training = {module: module.training for module in self.net.modules()}
         self._loop.bind(run)
+        if not is_own_loop(self._loop):  # whose steps may call the net in another way
+            run.await_shapes()
         try:
             run.callbacks.begin(self, run, run.params)
             with told_apart(self._compiled is not None and self._compiled.jit_compile):

@@ -14,12 +14,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
-from kerastorch.device import bare_module
+from kerastorch.device import bare_module, lazy_names
 from kerastorch.errors import did_you_mean, look_up
 
 OptimizerFactory = Callable[[Any], Optimizer]
@@ -198,8 +198,10 @@ def make_optimizer(
     optimizer: a name (torch's defaults, and fused=True where torch supports it for these parameters); a class or a
     factory, called with the parameters only; an object, used as given.
     param_groups: {glob on parameter names: options}; a parameter joins the first pattern that matches it.
+    A lazy net's parameters get their shapes in place, at the first batch.
     Raises ValueError for an unknown name (naming the nearest), a pattern that matches nothing, an option the optimizer
-    does not have, or an object that holds none of net's parameters; TypeError for anything else.
+    does not have, an object that holds none of net's parameters, or an optimizer that needs to know the shapes of a
+    lazy net's; TypeError for anything else.
     """
     named = dict(net.named_parameters())
     if isinstance(loss, nn.Module):
@@ -220,19 +222,39 @@ def make_optimizer(
     cls = look_up("optimizer", optimizer, OPTIMIZERS) if isinstance(optimizer, str) else optimizer
     if not named:
         raise ValueError(f"{type(net).__name__} has no parameters: there is nothing for the optimizer to train.")
-    lazy = [name for name, parameter in named.items() if isinstance(parameter, UninitializedParameter)]
-    if lazy:
+    lazy = [name for name, parameter in named.items() if is_lazy(parameter)]
+    if of_loss := [name for name in lazy if name not in lazy_names(net)]:
         raise ValueError(
-            f"the shape of {lazy[0]!r} is not known yet: run one batch through the lazy net before compile(), "
-            "for example net(x[:1])."
+            f"the shape of {of_loss[0]!r} is not known yet: call the loss once, loss(outputs, y), before compile()."
         )
     groups = _group_parameters(named, param_groups)
     factory = cast(OptimizerFactory, cls)
-    made = _make_fused(factory, groups, net) if isinstance(optimizer, str) else factory(groups)
+    try:
+        made = _make_fused(factory, groups, net) if isinstance(optimizer, str) else factory(groups)
+    except (ValueError, RuntimeError) as error:
+        if not lazy:
+            raise
+        raise _needs_shape(lazy[0]) from error
     if not isinstance(made, Optimizer):
         raise TypeError(f"optimizer must make a torch.optim.Optimizer, but {cls!r} made a {type(made).__name__}.")
+    if lazy and not _has_groups(made, groups):  # it may have gone by ndim, which is 1 until the shape is known
+        raise _needs_shape(lazy[0])
     _check_options(made, param_groups)
     return made
+
+
+def _needs_shape(name: str) -> ValueError:
+    return ValueError(
+        f"this optimizer can't be made while the shape of {name!r} is not known: run one batch through the lazy net "
+        "before compile(), for example net(x[:1])."
+    )
+
+
+def _has_groups(optimizer: Optimizer, groups: list[Any]) -> bool:
+    """Whether the optimizer holds the parameters as they were given to it."""
+    given = groups if isinstance(groups[0], dict) else [{"params": groups}]
+    ids, given_ids = ([list(map(id, group["params"])) for group in part] for part in (optimizer.param_groups, given))
+    return ids == given_ids
 
 
 def _group_parameters(
@@ -267,6 +289,23 @@ def _make_fused(cls: OptimizerFactory, groups: list[Any], net: nn.Module) -> Opt
         except RuntimeError:  # torch says so where it has no fused step for this device
             pass
     return cls(groups)
+
+
+def check_clipping(net: nn.Module, optimizer: Optimizer, clip_grad_value: float | None) -> None:
+    """Raise ValueError where a layer gives sparse gradients to a parameter of the optimizer: no value clips those."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, layer in net.named_modules() if clip_grad_value is not None else ():
+        for part, parameter in layer.named_parameters(prefix=name, recurse=False):
+            if getattr(layer, "sparse", False) is True and parameter.requires_grad and id(parameter) in held:
+                raise sparse_clipping(part, clip_grad_value)
+
+
+def sparse_clipping(name: str, clip_grad_value: float | None) -> ValueError:
+    """Return the error for a parameter whose gradient is sparse, where compile(clip_grad_value=...) is to clip it."""
+    return ValueError(
+        f"clip_grad_value={clip_grad_value} can't clip the gradient of {name!r}, which is sparse: use clip_grad_norm, "
+        "or a dense embedding (sparse=False)."
+    )
 
 
 def _check_options(optimizer: Optimizer, param_groups: Mapping[str, Mapping[str, Any]] | None) -> None:

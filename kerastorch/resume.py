@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from kerastorch.checkpoint import CheckpointError, check_plain, copy_to_cpu, newest_first, read_checkpoint
@@ -212,7 +212,9 @@ def restore(run: Run, content: Mapping[str, Any]) -> None:
     what a callback of the user's own raises comes out as it is.
     """
     before = copy_to_cpu(get_content(run, 0.0))
-    before["training_model_state_dict"] = before.get("training_model_state_dict", before["model_state_dict"])
+    weights = before.setdefault("training_model_state_dict", before["model_state_dict"])
+    for key in [key for key, value in weights.items() if is_lazy(value)]:  # which can't be put back
+        del weights[key]
     try:
         with _as_checkpoint_error(run):
             _restore_own(run, content)
@@ -221,7 +223,7 @@ def restore(run: Run, content: Mapping[str, Any]) -> None:
             with _as_checkpoint_error(run):
                 _restore_streams(run, content["run"])
     except BaseException:
-        _restore_modules(run, before)
+        _restore_modules(run, before, strict=False)
         for name in (*COUNTERS, *FLAGS):
             setattr(run, name, before["run"][name])
         run.history.load_state_dict(before["run"]["history"])
@@ -249,10 +251,10 @@ def restore_states(run: Run, content: Mapping[str, Any]) -> None:
         run.loss_fn.fn.load_state_dict(content["loss_state_dict"])
 
 
-def _restore_modules(run: Run, content: Mapping[str, Any]) -> None:
+def _restore_modules(run: Run, content: Mapping[str, Any], *, strict: bool = True) -> None:
     restore_states(run, content)
     net = bare_module(run.net)
-    net.load_state_dict(bare_keys(training_weights(content), net.state_dict()))
+    net.load_state_dict(bare_keys(training_weights(content), net.state_dict()), strict=strict)
 
 
 def _restore_own(run: Run, content: Mapping[str, Any]) -> None:
@@ -303,13 +305,13 @@ def _restore_streams(run: Run, state: Mapping[str, Any]) -> None:
 def check_states(run: Run) -> None:
     """Raise TypeError, naming callback or part and key, for a state that a checkpoint can't hold."""
     check_callbacks(run.callbacks.callbacks)
-    check_plain(get_content(run, 0.0))
+    check_plain(get_content(run, 0.0), takes_lazy=True)
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
     """Raise TypeError, naming callback and key, for a state that a checkpoint can't hold."""
     for name, callback in _named(callbacks):
-        check_plain(callback.state_dict(), f"the state_dict() of {name}")
+        check_plain(callback.state_dict(), f"the state_dict() of {name}", takes_lazy=True)
 
 
 def training_weights(content: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -373,7 +375,7 @@ def _compare(what: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> lis
     problems += [f"{what}: {key!r} of the checkpoint is unexpected" for key in unexpected]
     for key, value in own.items():
         other = saved.get(key, value)
-        if isinstance(value, (UninitializedParameter, UninitializedBuffer)) or not isinstance(value, Tensor):
+        if is_lazy(value) or not isinstance(value, Tensor):
             continue
         if isinstance(other, Tensor) and (other.layout, other.is_complex()) != (value.layout, value.is_complex()):
             problems.append(f"{what}: {key!r} is {other.dtype}, {other.layout} in the checkpoint")
@@ -439,7 +441,8 @@ def _compare_slots(saved: Mapping[str, Any], groups: list[dict[str, Any]]) -> li
                 problems.append(f"optimizer: {slot!r} of parameter {index} is {describe(value)}")
             if slot == "step" and isinstance(value, Tensor) and value.numel() != 1:
                 problems.append(f"optimizer: 'step' of parameter {index} has shape {tuple(value.shape)}")
-            if slot in SLOTS_LIKE_PARAMETER and isinstance(value, Tensor) and value.shape != parameter.shape:
+            is_like = slot in SLOTS_LIKE_PARAMETER and isinstance(value, Tensor) and not is_lazy(parameter)
+            if is_like and value.shape != parameter.shape:
                 shapes = f"{tuple(value.shape)} in the checkpoint, but parameter {index} is {tuple(parameter.shape)}"
                 problems.append(f"optimizer: {slot!r} has shape {shapes}")
     return problems

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
@@ -22,12 +23,15 @@ from kerastorch.averaging import WeightAverage
 from kerastorch.checkpoint import check_plain
 from kerastorch.data import BatchSource, ClassWeight, Predictions, to_numpy
 from kerastorch.device import (
+    CopyStream,
     Nested,
     bare_module,
     get_random_state,
+    lazy_names,
     map_nested,
     move_to_device,
     num_samples,
+    preserved_random_state,
     set_random_state,
 )
 from kerastorch.first_batch import (
@@ -42,7 +46,7 @@ from kerastorch.history import History
 from kerastorch.jit import mark_batch_axis
 from kerastorch.losses import Loss, LossFunction
 from kerastorch.metrics import AnyMetric, LogValue, known_logs, may_name_results
-from kerastorch.optimizers import single_optimizers
+from kerastorch.optimizers import single_optimizers, sparse_clipping
 from kerastorch.progress import Progress
 from kerastorch.resume import check_states, get_content, restore
 from kerastorch.sums import PassSums
@@ -190,6 +194,11 @@ class Run:
         self.added_logs: list[str] = []  # keys that callbacks say, in on_train_begin, they will add to an epoch's logs
 
         self.is_jit = compiled is not None and compiled.jit_compile is not False
+        self._copies = CopyStream(device) if device.type == "cuda" else None
+        may_keep = compiled is None or not compiled.cuts_batches  # else memory is known to be short
+        for source in (train_data, val_data):
+            if self._copies is not None and source is not None:
+                source.read_to(self._copies, keeps=may_keep)
         self._is_channels_last = compiled is not None and compiled.channels_last
         self.mixed_precision: str | None = None
         self.lr_scheduler: LRScheduler | None = None
@@ -213,6 +222,7 @@ class Run:
             self._looked_at = compiled.looked_at
 
         self._watch = ExitStack()  # of the layers, until the first loss
+        self._shapes_state: dict[str, Any] | None = None  # random states to draw a lazy net's weights with
         self.epoch = self.epochs_done = self.initial_epoch
         self.batch = self.step = self.num_samples = 0
         self.batches_done = self.batches_seen = 0
@@ -241,6 +251,7 @@ class Run:
         self._unrecorded: list[tuple[Any, ...]] = []  # what its parts gave
         self._predictions = Predictions()
         self.joins, self.last_outputs = joins, None  # whether predictions of all batches are kept, or the last
+        self._collects_later = False  # whether many are joined at once
 
     def check_before_start(self) -> None:
         """Raise ValueError for what can be known to fail: data read only once but needed again, a net moved elsewhere.
@@ -264,6 +275,11 @@ class Run:
                     f"{self.val_data.name} is an iterator, which can be read once, but {len(due)} epochs validate: "
                     "give an object that can be iterated anew."
                 )
+
+    def await_shapes(self) -> None:
+        """Let the first batch give a lazy net its weights, drawn as net(x) would draw them now."""
+        if lazy_names(self.net):
+            self._shapes_state = get_random_state()
 
     def release(self) -> None:
         """Let go of what the call no longer needs: its callbacks' hold on it, and loader workers between two epochs."""
@@ -533,7 +549,7 @@ class Run:
 
     def _prepare_checkpoints(self) -> None:
         if self.callbacks.checkpointers:
-            check_plain(self.published_state_dict(), "model_state_dict")
+            check_plain(self.published_state_dict(), "model_state_dict", takes_lazy=True)
         if self.callbacks.writes_resume_points:
             check_states(self)
             for source in (self.train_data, self.val_data):
@@ -652,7 +668,13 @@ class Run:
         if self.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
         if self.clip_grad_value is not None:
-            nn.utils.clip_grad_value_(parameters, self.clip_grad_value)
+            try:
+                nn.utils.clip_grad_value_(parameters, self.clip_grad_value)
+            except NotImplementedError as error:
+                for name, parameter in self.net.named_parameters():
+                    if parameter.grad is not None and parameter.grad.is_sparse:
+                        raise sparse_clipping(name, self.clip_grad_value) from error
+                raise
 
     def advance_lr_scheduler(self, interval: Literal["epoch", "step"]) -> None:
         """Step the scheduler of compile() where it steps by this interval; "step" counts optimizer updates.
@@ -747,9 +769,14 @@ class Run:
         assert self.val_data is not None
         callbacks = self.callbacks
         self._predictions = Predictions(self.val_data.num_rows if self.validation_steps is None else None)
+        # nobody looks at a batch's outputs as they come, nor writes over what they may be a view of
+        is_watched = callbacks.has_predict_batch_end or self.val_data.may_reuse_memory
+        self._collects_later = self.joins and not is_watched
         callbacks.on_predict_begin({})
         for batch, ((x, _, _), _) in enumerate(self.val_data.one_pass(self.validation_steps)):
             x, _, _ = self._begin_batch(x, None, None)
+            if batch == 0:
+                self._settle_shapes(x)
             if callbacks.has_predict_batch_begin:
                 callbacks.on_predict_batch_begin(batch, {})
             yield x
@@ -765,6 +792,9 @@ class Run:
         """
         if outputs is None:
             raise TypeError("predict_step must return the outputs of the batch, got None.")
+        if self._collects_later and type(outputs) is Tensor:
+            self._predictions.append_later(outputs, self.num_samples)
+            return
         self.last_outputs = to_numpy(outputs) if isinstance(outputs, Tensor) else map_nested(to_numpy, outputs)
         if self.joins:
             self._predictions.append(self.last_outputs, self.num_samples)
@@ -775,9 +805,12 @@ class Run:
         return predictions.joined()
 
     def _begin_batch(self, x: Nested, y: Nested, sample_weight: Nested) -> tuple[Nested, Nested, Nested]:
-        x, y = move_to_device(x, self.device), move_to_device(y, self.device)
-        if sample_weight is not None:
-            sample_weight = move_to_device(sample_weight, self.device)
+        if self._copies is not None:
+            x, y, sample_weight = self._copies((x, y, sample_weight))
+        else:
+            x, y = move_to_device(x, self.device), move_to_device(y, self.device)
+            if sample_weight is not None:
+                sample_weight = move_to_device(sample_weight, self.device)
         self.num_samples = num_samples(x)
         if self._is_channels_last:
             x = map_nested(_channels_last, x)
@@ -797,13 +830,16 @@ class Run:
         kind = signature(x, y)
         if (is_training, kind) in self._looked_at:
             return
-        warns = (not is_training, kind) not in self._looked_at
+        knows_less = not is_training and (True, kind) in self._looked_at
+        warns = ("warned", kind) not in self._looked_at and not knows_less
         data = self.train_data if is_training else self.val_data
         assert data is not None
         check_inputs(data.name, self.net, self.loss_fn.fn, x, y, sample_weight, self.mixed_precision is not None)
 
         def look_at_outputs(outputs: Nested, y: Nested) -> None:
-            check_outputs(data.name, self.net, self.loss_fn.fn, x, outputs, y, warns=warns, was_trained=self.step > 0)
+            fn, was_trained = self.loss_fn.fn, self.step > 0
+            if check_outputs(data.name, self.net, fn, x, outputs, y, warns=warns, was_trained=was_trained):
+                self._looked_at.add(("warned", kind))
             self.sums.infer(map_nested(_detach, outputs), y)
             self._looked_at.add((is_training, kind))
             self._watch.close()
@@ -812,6 +848,31 @@ class Run:
         self._watch.close()
         if not self.is_jit:  # hooks that come and go would compile the net anew
             self._watch.enter_context(watched_layers(self.net))
+        self._settle_shapes(x)
+
+    @torch.no_grad()
+    def _settle_shapes(self, x: Nested) -> None:
+        """Call a lazy net once, before anything reads its weights: in eval mode, random states and buffers kept."""
+        state, self._shapes_state = self._shapes_state, None
+        if state is None or not lazy_names(self.net):  # a checkpoint had them
+            return
+        training = {module: module.training for module in self.net.modules()}
+        buffers = [(buffer, buffer.clone()) for buffer in self.net.buffers() if not is_lazy(buffer)]
+        eagerly = torch.compiler.set_stance("force_eager") if self.is_jit else nullcontext()
+        with preserved_random_state(), self.autocast(), eagerly:
+            set_random_state(state)
+            self.net.eval()
+            self.forward(x)
+        for module, flag in training.items():
+            module.training = flag
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        left = lazy_names(self.net)
+        if left and self.train_data is not None:
+            raise ValueError(
+                f"the shape of {left[0]!r} is not known after a forward of the first batch in eval mode: run a batch "
+                "through the lazy net before compile(), as net.train()(x[:2]), or take that layer out."
+            )
 
 
 def _kind(value: Nested) -> str:

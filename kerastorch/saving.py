@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import LRScheduler
 
 from kerastorch.checkpoint import (
@@ -80,18 +80,28 @@ class LoadReport:
 def save_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the state_dict of net, keys bare, to a .pt or .safetensors file; missing folders are made.
 
-    Raises ValueError for another suffix, TypeError for what the file can't hold, ImportError and OSError as
-    checkpoint.py says.
+    Raises ValueError for another suffix and for a lazy net without shapes, TypeError for what the file can't hold,
+    ImportError and OSError as checkpoint.py says.
     """
     path = Path(path).expanduser()
     if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
         raise ValueError(f"save_weights() writes '.pt' or '.safetensors' files, got {str(path)!r}.")
     weights = bare_keys(bare_module(net).state_dict())
+    _refuse_lazy(weights)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         write_safetensors(path, weights)
     else:
         write_checkpoint(path, weights)
+
+
+def _refuse_lazy(weights: Mapping[str, Any]) -> None:
+    for key, value in weights.items():
+        if is_lazy(value):
+            raise ValueError(
+                f"the shape of {key!r} is not known yet: run one batch through the lazy net before it is saved, for "
+                "example model.predict(x[:1])."
+            )
 
 
 def load_weights(net: nn.Module, path: str | os.PathLike[str], *, strict: bool = True) -> LoadReport:
@@ -153,7 +163,7 @@ def _load_into(net: nn.Module, weights: Mapping[str, Any], path: Path, *, strict
     fitting = copy.copy(weights)  # with its _metadata
     for key in mismatched:
         del fitting[key]  # type: ignore[attr-defined]
-    if strict and any(map(_is_lazy, own.values())):  # which could not be put back
+    if strict and any(map(is_lazy, own.values())):  # which could not be put back
         loaded = [key for key in own if key in fitting]
         missing = [key for key in own if key not in weights]
         _refuse(LoadReport(loaded, missing, [key for key in weights if key not in own], mismatched), path, strict)
@@ -182,7 +192,7 @@ def _refuse(report: LoadReport, path: Path, strict: bool) -> None:
 
 def _misfit(own: object, other: object) -> str | None:
     """Return what keeps a loaded value from its place."""
-    if not isinstance(own, Tensor) or _is_lazy(own):
+    if not isinstance(own, Tensor) or is_lazy(own):
         return None
     if not isinstance(other, Tensor):
         return f"a {type(other).__name__} in the file, a tensor in the net"
@@ -198,13 +208,9 @@ def _is_inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def _is_lazy(value: object) -> bool:
-    return isinstance(value, (UninitializedParameter, UninitializedBuffer))
-
-
 def _place(value: object) -> tuple[object, ...] | None:
     """Return what tied parameters have in common."""
-    if not isinstance(value, Tensor) or _is_lazy(value) or value.layout is not torch.strided or not value.numel():
+    if not isinstance(value, Tensor) or is_lazy(value) or value.layout is not torch.strided or not value.numel():
         return None
     return value.data_ptr(), value.shape, value.stride(), value.device
 
@@ -213,7 +219,7 @@ def _place(value: object) -> tuple[object, ...] | None:
 def restored_on_error(net: nn.Module) -> Iterator[None]:
     """Put the weights of net back where the body raises; a copy of them is held on the CPU meanwhile."""
     own = {key: value for key, value in bare_module(net).state_dict().items() if isinstance(value, Tensor)}
-    own = {key: value for key, value in own.items() if not _is_lazy(value)}
+    own = {key: value for key, value in own.items() if not is_lazy(value)}
     before = copy_to_cpu(own)
     try:
         yield
@@ -270,8 +276,8 @@ def standing_run(run: Run, compiled: Compiled) -> Run:
 def write_model(net: nn.Module, path: str | os.PathLike[str], content: Mapping[str, Any], *, whole: bool) -> None:
     """Write a model's content with the weights of net or, where whole, with net itself, pickled.
 
-    Raises ValueError for a suffix of another format; TypeError, naming the attribute, for what can't be pickled;
-    OSError as write_checkpoint.
+    Raises ValueError for a suffix of another format and for a lazy net without shapes; TypeError, naming the attribute,
+    for what can't be pickled; OSError as write_checkpoint.
     """
     path = Path(path).expanduser()
     if path.suffix in (".safetensors", ".h5", ".keras", ".onnx", ".pt2"):
@@ -280,6 +286,7 @@ def write_model(net: nn.Module, path: str | os.PathLike[str], content: Mapping[s
             "'.safetensors' files)."
         )
     content = {**content, "model_state_dict": bare_keys(bare_module(net).state_dict())}
+    _refuse_lazy(content["model_state_dict"])
     path.parent.mkdir(parents=True, exist_ok=True)
     if not whole:
         write_checkpoint(path, content)

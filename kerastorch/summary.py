@@ -5,7 +5,6 @@ FLOPs are counted by torch's own FlopCounterMode. Sister: check.py, which looks 
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,10 +16,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils.rnn import PackedSequence
 
-from kerastorch.data import to_tensors
-from kerastorch.device import Nested, bare_module, describe, leaves, move_to_device, preserved_random_state
-from kerastorch.errors import check_int
+from kerastorch.device import Nested, leaves, move_to_device, preserved_random_state
 from kerastorch.report import format_bytes, html_table
+from kerastorch.trial import call_net, copy_net, make_example
 
 if TYPE_CHECKING:
     from kerastorch.model import Model
@@ -119,51 +117,13 @@ def summarize(model: Model, x: Any = None) -> Summary:
     Raises TypeError for what is no input, ValueError for a size that can't be; an error in forward comes as it is.
     """
     with preserved_random_state():
-        net = _copy(bare_module(model.net)).eval()
+        net = copy_net(model.net)
         if x is None:
             return _summary(net, None, None)
-        x = move_to_device(_make_inputs(x, _float_dtype(net)), model.device)
+        x = move_to_device(make_example(x, net, "summary(x)"), model.device)
         with torch.no_grad(), _slow_attention(), _Watch(net) as watch:
-            if isinstance(x, dict):
-                net(**x)
-            elif isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence):
-                net(*x)
-            else:
-                net(x)
+            call_net(net, x)
         return _summary(net, watch, sum(tensor.nbytes for tensor in _tensors(x)))
-
-
-def _copy(net: nn.Module) -> nn.Module:
-    """A deep copy: all that forward writes, be it a buffer or an attribute, and lazy layers' shapes, stay in it."""
-    kept = [leaf for m in net.modules() for leaf in leaves(vars(m)) if isinstance(leaf, Tensor) and not leaf.is_leaf]
-    return copy.deepcopy(net, {id(tensor): tensor.detach().clone() for tensor in kept})  # torch can't copy these
-
-
-def _make_inputs(x: Any, dtype: torch.dtype) -> Nested:
-    if _is_size(x):
-        for length in x:
-            if length is None:
-                raise ValueError(f"input size {x} needs a number for each axis, the batch too: {(1, *x[1:])}, say.")
-            check_int("each axis of an input size", length)
-        return torch.rand(tuple(x)).to(dtype)
-    if isinstance(x, Mapping):
-        return {key: _make_inputs(item, dtype) for key, item in x.items()}
-    if isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence):
-        return tuple(_make_inputs(item, dtype) for item in x)
-    if isinstance(x, (Tensor, PackedSequence)) or hasattr(x, "__array__"):
-        return to_tensors(x)
-    raise TypeError(
-        "summary(x) takes a size such as (32, 1, 28, 28), or a batch of inputs (a tensor, an array, or a tuple, list "
-        f"or dict of them; of a loader, next(iter(loader))[0]), got {describe(x)}."
-    )
-
-
-def _is_size(x: Any) -> bool:
-    return isinstance(x, (tuple, list)) and len(x) > 0 and all(n is None or isinstance(n, int) for n in x)
-
-
-def _float_dtype(net: nn.Module) -> torch.dtype:
-    return next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
 
 @contextmanager

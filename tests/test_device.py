@@ -11,6 +11,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from kerastorch.device import (
+    CopyStream,
     describe,
     leaves,
     map_nested,
@@ -292,3 +293,180 @@ def test_preserved_random_state_puts_back_cuda() -> None:
     with preserved_random_state():
         torch.rand(3, device="cuda")
     assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+# ---- copies to a GPU ----
+
+
+class FakeStream:
+    """Notes what is asked of it, in the order of all that is asked."""
+
+    def __init__(self, name: str, notes: list[str]) -> None:
+        self.name, self.notes = name, notes
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        self.notes.append(f"{self.name} waits for {other.name}")
+
+
+class FakeGPU:
+    """Stands for torch.cuda, with the meta device as its memory; notes: what happened, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, can_pin: bool = True) -> None:
+        self.notes: list[str] = []
+        self.can_pin = can_pin
+        self.pinned: list[torch.Tensor] = []
+        self.marks = 0
+        self.side, self.compute = FakeStream("side", self.notes), FakeStream("compute", self.notes)
+        self.current = self.compute
+        monkeypatch.setattr("kerastorch.device._side_stream", lambda device: self.side)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
+        monkeypatch.setattr(torch.cuda, "stream", self.switched)
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: any(tensor is one for one in self.pinned))
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda *parts: self.record_stream(*parts))
+        monkeypatch.setattr(torch.Tensor, "to", self.to(torch.Tensor.to))
+        monkeypatch.setattr(torch, "empty_like", self.empty_like(torch.empty_like))
+
+    @contextlib.contextmanager
+    def switched(self, stream: FakeStream) -> Any:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+    def event(self) -> Any:
+        gpu, number = self, self.marks
+        self.marks += 1
+
+        class Event:
+            def record(self, stream: FakeStream) -> None:
+                gpu.notes.append(f"mark {number} on {stream.name}")
+
+            def synchronize(self) -> None:
+                gpu.notes.append(f"host waits for mark {number}")
+
+        return Event()
+
+    def record_stream(self, tensor: torch.Tensor, stream: FakeStream) -> None:
+        self.notes.append(f"{tuple(tensor.shape)} is used on {stream.name}")
+
+    def to(self, real: Any) -> Any:
+        def to(tensor: torch.Tensor, device: torch.device, non_blocking: bool = False) -> torch.Tensor:
+            how = "sent" if non_blocking else "copied"
+            self.notes.append(f"{tuple(tensor.shape)} {how} on {self.current.name}")
+            assert not non_blocking or tensor.is_pinned()
+            return real(tensor, device)  # type: ignore[no-any-return]
+
+        return to
+
+    def empty_like(self, real: Any) -> Any:
+        def empty_like(tensor: torch.Tensor, pin_memory: bool) -> torch.Tensor:
+            assert pin_memory
+            if not self.can_pin:
+                raise RuntimeError("no more memory may be pinned")
+            self.pinned.append(real(tensor))
+            return self.pinned[-1]
+
+        return empty_like
+
+
+SMALL, LARGE = torch.arange(4.0), torch.arange(2.0**19).reshape(2**9, 2**10)
+
+
+def test_a_small_batch_is_pinned_and_sent_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGPU(monkeypatch)
+    x, y, nothing, text = CopyStream(META)((SMALL, [SMALL[:2]], None, "text"))
+    assert gpu.notes == ["(4,) sent on compute", "(2,) sent on compute"]
+    assert x.device == y[0].device == META
+    assert (nothing, text) == (None, "text")
+    assert torch.equal(gpu.pinned[0], SMALL)
+
+
+def test_a_pinned_tensor_is_sent_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGPU(monkeypatch)
+    gpu.pinned.append(SMALL)
+    CopyStream(META)(SMALL)
+    assert gpu.notes == ["(4,) sent on compute"]
+    assert len(gpu.pinned) == 1
+
+
+def test_where_no_memory_can_be_pinned_the_copy_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGPU(monkeypatch, can_pin=False)
+    assert CopyStream(META)(SMALL).device == META
+    assert gpu.notes == ["(4,) copied on compute"]
+
+
+def test_what_is_on_the_device_already_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGPU(monkeypatch)
+    there = torch.empty(2**20, device=META)
+    assert CopyStream(META)((there, None))[0] is there
+    assert gpu.notes == []
+
+
+def test_a_large_batch_is_sent_beside_the_work_that_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory is not used again before the work on it, which begins when all of it is there."""
+    gpu = FakeGPU(monkeypatch)
+    CopyStream(META)({"a": LARGE, "b": SMALL})
+    assert gpu.notes == [
+        "mark 0 on compute",
+        "(512, 1024) sent on side",
+        "(512, 1024) is used on compute",
+        "(4,) sent on side",
+        "(4,) is used on compute",
+        "compute waits for side",
+    ]
+
+
+def test_the_host_is_two_large_batches_ahead_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGPU(monkeypatch)
+    copies = CopyStream(META)
+    for _ in range(4):
+        copies(LARGE)
+        copies(SMALL)
+    waits = [note for note in gpu.notes if "mark" in note]
+    assert waits == [
+        *("mark 0 on compute", "mark 1 on compute"),
+        *("host waits for mark 0", "mark 2 on compute", "host waits for mark 1", "mark 3 on compute"),
+    ]
+
+
+def test_tensors_of_other_kinds_are_moved_as_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the stream of the work, beside large ones as well."""
+    gpu = FakeGPU(monkeypatch)
+    learnt, sparse = torch.ones(3, requires_grad=True), torch.eye(2).to_sparse()
+    moved = CopyStream(META)((LARGE, learnt, sparse))
+    assert all(part.device == META for part in moved)
+    assert moved[1].requires_grad
+    assert "(3,) copied on compute" in gpu.notes
+    assert "(2, 2) copied on compute" in gpu.notes
+
+
+@pytest.mark.cuda
+@needs_cuda
+@pytest.mark.parametrize("rows", [4, 2**11], ids=["small", "large"])
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_on_cuda_batches_are_right_however_far_the_host_is_ahead(rows: int, is_pinned: bool) -> None:
+    """Each is written over on the CPU once it is sent, and its memory on the GPU is free once it is used."""
+    device, seen = torch.device("cuda", 0), []
+    copies, weight = CopyStream(device), torch.randn(1024, 1024, device=device)
+    buffer = torch.empty(rows, 1024)
+    for i in range(60):
+        batch = torch.full((rows, 1024), float(i)).pin_memory() if is_pinned else buffer.fill_(i)
+        x, y = copies((batch, torch.full((rows,), i)))
+        for _ in range(20):
+            weight = torch.tanh(weight @ weight)  # work that the host does not wait for
+        seen.append(torch.stack([*torch.aminmax(x), *torch.aminmax(y.float())]))
+        del x, y, batch
+    assert torch.equal(torch.stack(seen).cpu(), torch.arange(60.0)[:, None].expand(60, 4))
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_on_cuda_layouts_and_dtypes_are_those_of_a_plain_copy() -> None:
+    device = torch.device("cuda", 0)
+    copies, values = CopyStream(device), torch.randn(64, 4, 32, 32)
+    kinds = [values, values.to(memory_format=torch.channels_last), values.transpose(1, 3), values[::2, :, ::2]]
+    kinds += [values.half(), values > 0, values[:1].expand(64, 4, 32, 32), values[0, 0, 0, 0], values[:0]]
+    for tensor in kinds:
+        moved, plain = copies(tensor), tensor.to(device)
+        assert (moved.dtype, moved.stride()) == (plain.dtype, plain.stride())
+        assert torch.equal(moved, plain)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import traceback
+import warnings
 
 import numpy as np
 import pytest
@@ -435,6 +436,79 @@ def test_validation_does_not_repeat_the_warning_of_training(case, loop):
     with pytest.warns(UserWarning, match=case) as caught:
         model.fit(X, y, validation_data=(X, y), verbose=0)
     assert len(caught) == 1
+
+
+class Applied(nn.Module):
+    """A linear layer and a function, which no module shows."""
+
+    def __init__(self, outputs, function):
+        super().__init__()
+        self.layer, self.function = nn.Linear(2, outputs), function
+
+    def forward(self, x):
+        return self.function(self.layer(x))
+
+
+APPLIED = {
+    "sigmoid": (1, torch.sigmoid, "bce_with_logits", YES),
+    "hardsigmoid": (1, F.hardsigmoid, "bce_with_logits", YES),
+    "sigmoid, other shape and dtype": (
+        1,
+        lambda z: z.double().sigmoid().float().squeeze(1),
+        "bce_with_logits",
+        YES[:, 0],
+    ),
+    "softmax": (3, lambda z: (z / 1e4).softmax(1), "cross_entropy", CLASSES),
+    "softmax, by its logarithm": (3, lambda z: (4 * z).log_softmax(1).exp(), "cross_entropy", CLASSES),
+}
+
+
+@pytest.mark.parametrize("case", APPLIED)
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_an_activation_in_forward_warns_once_at_the_latest_in_training(case, evaluates, loop):
+    outputs, function, loss, y = APPLIED[case]
+    model = make_model(Applied(outputs, function), loss, loop)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if evaluates:
+            model.evaluate(X, y, verbose=0)
+        model.fit(X, y, validation_data=(X, y), verbose=0)
+    assert [str(one.message).count(f"like a {case.partition(',')[0]}'s") for one in caught] == [1]
+
+
+def test_the_activation_of_a_compiled_net_is_known_by_its_layer(loop):
+    model = kt.Model(ending_in(nn.Sigmoid())(), device="cpu")
+    model.compile("bce_with_logits", "sgd", loop=loop, jit_compile={"backend": "aot_eager"})
+    with pytest.warns(UserWarning, match="sigmoid"):
+        model.fit(X, YES, verbose=0)
+    torch._dynamo.reset()
+
+
+def biased(outputs, *last):
+    """Logits near the bias, all from 0 to 1; the rows of two sum to 1."""
+    layer = nn.Linear(2, outputs)
+    with torch.no_grad():
+        layer.weight.mul_(1e-4)
+        layer.bias.copy_(torch.tensor([0.4, 0.6])[-outputs:])
+    return nn.Sequential(layer, *last)
+
+
+LOGITS = {
+    "one": (lambda: biased(1), "bce_with_logits", torch.ones(64, 1)),
+    "one, other shape": (lambda: biased(1, nn.Flatten(0)), "bce_with_logits", torch.ones(64)),
+    "several labels": (lambda: biased(2), "bce_with_logits", torch.ones(64, 2)),
+    "two classes": (lambda: biased(2), "cross_entropy", torch.arange(64) % 2),
+}
+
+
+@pytest.mark.parametrize("case", LOGITS)
+def test_a_bias_that_brings_logits_between_0_and_1_is_no_activation(case, loop):
+    make, loss, y = LOGITS[case]
+    x = torch.linspace(-1, 1, 128).reshape(64, 2)
+    for verb in ("fit", "evaluate"):
+        model = kt.Model(make(), device="cpu")
+        model.compile(loss, "sgd", loop=loop)
+        getattr(model, verb)(x, y, batch_size=64, verbose=0)
 
 
 @pytest.mark.parametrize("rows", [32, 64])

@@ -13,12 +13,12 @@ ROWS = [  # lowest first; a folder's base file lies below its sisters, its __ini
     {"device", "datasets"},
     {"jit", "losses", "optimizers", "metrics", "initializers", "progress", "plots", "report"},
     {"averaging", "checkpoint", "distributed", "stopping", "history", "first_batch", "data.arrays"},
-    {"data.weights", "data.predictions", "data.resumable", "sums"},
+    {"data.weights", "data.rows", "data.predictions", "data.resumable", "sums"},
     {"data.in_memory"},
     {"data.dataset", "data.passes"},
     {"data.source"},
     {"data"},
-    {"resume"},
+    {"resume", "trial"},
     {"run"},
     {"callbacks.callback"},
     {"callbacks.*"},
@@ -32,11 +32,23 @@ ROWS = [  # lowest first; a folder's base file lies below its sisters, its __ini
     {"eject.plan"},
     {"eject.callbacks", "eject.own_steps", "eject.header"},
     {"eject.stages"},
+    {"exported"},
     {"eject", "export", "summary", "check", "saving"},
     {"model"},
     {"", "__main__"},
 ]
-HEAVY = {"numpy", "pandas", "matplotlib", "torchmetrics", "torchvision", "tqdm", "IPython", "safetensors"}
+HEAVY = {
+    "numpy",
+    "pandas",
+    "matplotlib",
+    "torchmetrics",
+    "torchvision",
+    "tqdm",
+    "IPython",
+    "safetensors",
+    "onnxruntime",
+    "onnxscript",
+}
 HEAVY_OF_TORCH = {"torch.utils.tensorboard", "torch.utils.flop_counter"}
 
 

@@ -1,5 +1,6 @@
 """Optimizers and schedulers by name, class, factory and object; parameter groups by glob on the names."""
 
+import copy
 import inspect
 import warnings
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR, ReduceLROnPlateau, StepLR
 
+import kerastorch as kt
+from kerastorch.loops import LOOPS
 from kerastorch.optimizers import (
     OPTIMIZERS,
     SCHEDULERS,
@@ -144,10 +147,42 @@ def test_net_without_parameters_is_refused() -> None:
         make_optimizer("sgd", nn.ReLU())
 
 
-def test_lazy_net_is_refused_with_the_line_that_helps() -> None:
+def split_by_ndim(parameters: Any) -> torch.optim.Optimizer:
+    """Decays matrices alone; a parameter without a shape says that it has one dimension."""
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    rest = [parameter for parameter in parameters if parameter.ndim <= 1]
+    return torch.optim.SGD([{"params": matrices, "weight_decay": 0.1}, {"params": rest}], lr=0.1)
+
+
+def matrices_alone(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD([parameter for parameter in parameters if parameter.ndim > 1] or parameters[:1], lr=0.1)
+
+
+@pytest.mark.parametrize("optimizer", ["adagrad", torch.optim.Adagrad, split_by_ndim, matrices_alone])
+def test_what_looks_at_a_lazy_nets_weights_is_refused_with_the_line_that_helps(optimizer: Any) -> None:
     net = nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
-    with pytest.raises(ValueError, match=r"shape of '1\.weight' is not known yet: .*net\(x\[:1\]\)"):
-        make_optimizer("sgd", net)
+    with pytest.raises(ValueError, match=r"the shape of '1\.weight' is not known: .*net\(x\[:1\]\)"):
+        make_optimizer(optimizer, net)
+    net(torch.zeros(2, 3))
+    make_optimizer(optimizer, net)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"adagrad"}))
+def test_an_optimizer_of_a_lazy_net_is_the_one_of_the_net_with_shapes(name: str) -> None:
+    made = []
+    for is_early in (True, False):
+        net = nn.Sequential(nn.LazyLinear(2), nn.Linear(2, 1))
+        if not is_early:
+            net(torch.zeros(2, 3))
+        optimizer = make_optimizer(name, net, param_groups={"*.bias": {"lr": 0.5}} if name != "lbfgs" else None)
+        net(torch.zeros(2, 3))
+        made.append(optimizer.state_dict())
+    assert made[0] == made[1]
+
+
+def test_a_lazy_loss_is_refused_with_the_line_that_helps() -> None:
+    with pytest.raises(ValueError, match=r"the shape of 'loss\.weight' is not known yet: call the loss once"):
+        make_optimizer("sgd", make_net(), nn.LazyLinear(1))
 
 
 # ---- the loss's parameters ----
@@ -345,3 +380,69 @@ def test_rates_given_as_tensors_are_put_back_in_place() -> None:
 def test_plateau_that_waits_for_a_rise_is_refused() -> None:
     with pytest.raises(ValueError, match="mode='min'"):
         make_scheduler(lambda optimizer: ReduceLROnPlateau(optimizer, mode="max"), sgd())
+
+
+# ---- sparse gradients ----
+
+
+class FunctionalEmbedding(nn.Module):
+    """Sparse gradients that no layer announces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.ones(10, 4))
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.head(nn.functional.embedding(x, self.table, sparse=True).flatten(1))
+        return outputs
+
+
+def plain_sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def embedding_net() -> nn.Sequential:
+    return nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Flatten(), nn.Linear(8, 3))
+
+
+WORDS, KINDS = torch.arange(16).reshape(8, 2) % 10, torch.arange(8) % 3
+
+
+@pytest.mark.parametrize("optimizer", [plain_sgd, torch.optim.SparseAdam, "sparse_adam"])
+def test_clipping_sparse_gradients_by_value_is_refused_at_compile(optimizer: Any) -> None:
+    model = kt.Model(embedding_net(), device="cpu")
+    message = r"clip_grad_value=0\.5 can't clip the gradient of '0\.weight', which is sparse: use clip_grad_norm"
+    with pytest.raises(ValueError, match=message):
+        model.compile("cross_entropy", optimizer, clip_grad_value=0.5)
+
+
+def test_clipping_by_value_is_for_what_the_optimizer_holds() -> None:
+    net = embedding_net()
+    model = kt.Model(net, device="cpu")
+    model.compile("cross_entropy", plain_sgd(net[2].parameters()), clip_grad_value=0.5)
+    model.fit(WORDS, KINDS, verbose=0)
+    net[0].requires_grad_(False)
+    model.compile("cross_entropy", plain_sgd, clip_grad_value=0.5)
+    model.fit(WORDS, KINDS, verbose=0)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_sparse_gradients_of_a_function_are_refused_at_the_first_step(loop: str) -> None:
+    model = kt.Model(FunctionalEmbedding(), device="cpu")
+    model.compile("cross_entropy", plain_sgd, clip_grad_value=0.5, loop=loop)
+    with pytest.raises(ValueError, match=r"clip_grad_value=0\.5 can't clip the gradient of 'table', which is sparse"):
+        model.fit(WORDS, KINDS, verbose=0)
+
+
+def test_sparse_gradients_are_clipped_by_norm() -> None:
+    torch.manual_seed(0)
+    mine = embedding_net()
+    theirs = copy.deepcopy(mine)
+    model = kt.Model(mine, device="cpu")
+    model.compile("cross_entropy", plain_sgd, clip_grad_norm=0.01)
+    model.fit(WORDS, KINDS, batch_size=8, shuffle=False, verbose=0)
+    nn.functional.cross_entropy(theirs(WORDS), KINDS).backward()
+    nn.utils.clip_grad_norm_(theirs.parameters(), 0.01)
+    plain_sgd(theirs.parameters()).step()
+    assert all(torch.equal(one, other) for one, other in zip(mine.parameters(), theirs.parameters(), strict=True))

@@ -16,7 +16,8 @@ def test_the_python_of_the_readme_runs(capsys, tmp_path, monkeypatch):
         name = f"<README.md, block {i}>"  # in the cache, where a prompt's lines are too
         linecache.cache[name] = (len(block), None, block.splitlines(keepends=True), name)
         exec(compile(block, name, "exec"), namespace)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
+    assert namespace["logits"].shape == (len(namespace["x_test"]), 10)
     assert "label_smoothing=smoothing" in (tmp_path / "train_digits.py").read_text(encoding="utf-8")
     assert namespace["model"].history.epoch == list(range(15 + len(namespace["history"].epoch)))
     assert namespace["model"].evaluate(namespace["x_test"], namespace["y_test"], verbose=0)["accuracy"] > 0.9

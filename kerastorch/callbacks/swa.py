@@ -55,6 +55,7 @@ class SWA(Callback):
 
     def on_train_epoch_end(self, epoch: int, logs: Logs | None = None) -> None:
         if epoch >= self.start_epoch and self._average is not None:
+            self._average.take_shapes()
             net = self._average.averaged_net
             before = copy.deepcopy(net.state_dict()) if _batch_norms(net) else {}
             self._average.update()

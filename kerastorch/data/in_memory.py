@@ -1,12 +1,12 @@
 """Tensors in memory read a batch of rows at a time: what a DataLoader over them gives, without its row-by-row work.
 
-Sisters: arrays.py and weights.py below, passes.py above.
+Sisters: arrays.py, weights.py and rows.py below, passes.py above.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -14,38 +14,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, Subset, TensorDataset, default_collate
 
 from kerastorch.data.arrays import NestedDataset, default_sampler
+from kerastorch.data.rows import Rows, RowsOnGPU
 from kerastorch.data.weights import WeightedBatch, WeightedCollate, WeightedDataset
-from kerastorch.device import Nested, leaves, map_nested
+from kerastorch.device import CopyStream, Nested, leaves, map_nested
 
 CHUNK_BYTES = 2**18  # rows of several small batches are read at once, up to this
-
-
-@dataclass
-class Rows:
-    """Tensors in memory whose first axis is rows.
-
-    tensors: what rows are read of.   kept: which rows there are, all where None.   collate: makes a batch, as the
-    loader's own would be, of the tensors of its rows.
-    """
-
-    tensors: list[Tensor]
-    kept: Tensor | None
-    collate: Callable[[Sequence[Tensor]], Any]
-
-    def take(self, index: Tensor) -> list[Tensor]:
-        """Return the tensors of these rows: index is int64 of shape (N,)."""
-        if self.kept is not None:
-            index = self.kept[index]
-        return [tensor.index_select(0, index) for tensor in self.tensors]
-
-    def take_range(self, start: int, stop: int) -> list[Tensor]:
-        """Return the tensors of consecutive rows, where all are kept; copies, since a net may write to its input."""
-        return [tensor[start:stop].clone(memory_format=torch.contiguous_format) for tensor in self.tensors]
-
-    @property
-    def versions(self) -> list[int]:
-        """Numbers that change where a tensor is written to."""
-        return [0 if tensor.is_inference() else tensor._version for tensor in self.tensors]
+GPU_CHUNK_BYTES = 2**20  # likewise for a GPU: there is no cache that they should stay in
+GPU_ALIGNMENT = 256  # bytes; which kernel multiplies matrices may depend on it, and with it the last bits of a product
 
 
 class RowReader:
@@ -57,6 +32,23 @@ class RowReader:
     def __init__(self, loader: DataLoader[Any], rows: Rows) -> None:
         self.loader, self.rows = loader, rows
         self._pins = loader.pin_memory and torch.cuda.is_available()
+        self._copies: CopyStream | None = None
+        self._keeper: RowsOnGPU | None = None
+        self._was_read = False  # whether a pass came to its end
+        self._copied: Rows | None = None  # the rows on the GPU that this pass reads
+        self._versions: list[int] = []  # of those that they are copies of
+
+    def read_to(self, copies: CopyStream, *, keeps: bool) -> None:
+        """Give batches on a GPU, of small ones several with each copy, until release().
+
+        keeps: whether the rows may stay there. They do from the second whole pass on: a single one would gain nothing
+        by it, and the first one shows what training needs of the memory.
+        """
+        self._copies, self._keeper = copies, RowsOnGPU(copies.device) if keeps else None
+
+    def release(self) -> None:
+        """Let go of what is on the GPU."""
+        self._copies = self._keeper = self._copied = None
 
     def __iter__(self) -> Iterator[Any]:
         loader = self.loader
@@ -64,10 +56,19 @@ class RowReader:
         if rows is None:
             return iter(loader)
         self.rows = rows
+        if self._keeper is not None and self._was_read:
+            self._copied = self._keeper.get(rows)
+            self._versions = [] if self._copied is None else rows.versions
         lists = iter(cast(Any, loader.batch_sampler))
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator)  # the seed that a loader draws here
         batches = self._in_order() if self._has_plain_order() else map(self._fetch, lists)
+        if self._keeper is not None and not self._was_read:
+            batches = self._to_the_end(batches)
         return map(_pin, batches) if self._pins else batches
+
+    def _to_the_end(self, batches: Iterator[Any]) -> Iterator[Any]:
+        yield from batches
+        self._was_read = True
 
     def _has_plain_order(self) -> bool:
         """Whether the sampler's order may be drawn at once: no generator of the user's sees the moment."""
@@ -79,8 +80,8 @@ class RowReader:
 
         batch_sampler = cast(Any, self.loader.batch_sampler)
         size = batch_sampler.batch_size
-        is_range = isinstance(batch_sampler.sampler, SequentialSampler) and self.rows.kept is None
-        if isinstance(batch_sampler.sampler, SequentialSampler):
+        is_sequential = isinstance(batch_sampler.sampler, SequentialSampler)
+        if is_sequential:
             order = torch.arange(len(batch_sampler.sampler))
         else:
             order = torch.from_numpy(np.fromiter(batch_sampler.sampler, np.int64))
@@ -89,37 +90,67 @@ class RowReader:
         at_once, start = self._batches_at_once(size), 0
         while start < len(order):
             chunk = order[start : start + size * at_once]
-            versions = self.rows.versions
-            parts = self.rows.take_range(start, start + len(chunk)) if is_range else None
-            for batch in self._read(chunk, size, parts):
+            versions = self.rows.versions if at_once > 1 else None
+            for batch in self._read(chunk, size, start if is_sequential else None):
                 yield batch
                 start += size
-                if self.rows.versions != versions:  # a step wrote to the data: it may do so again
+                if versions is not None and self.rows.versions != versions:  # a step wrote to the data: it may again
                     at_once = 1
                     break
+
+    @property
+    def _is_on_gpu(self) -> bool:
+        return self._copies is not None or self.rows.gpu is not None
 
     def _batches_at_once(self, size: int) -> int:
         """Return how many batches to read together: one where a later one would not begin on a cache line."""
         tensors = self.rows.tensors
         nbytes = [tensor[:1].nbytes * size for tensor in tensors]
-        if any(count % 64 for count in nbytes) or any(tensor.is_inference() for tensor in tensors):
+        if any(tensor.is_inference() for tensor in tensors):
             return 1
-        return max(1, CHUNK_BYTES // max(1, sum(nbytes)))
+        if self._is_on_gpu:  # where _split() aligns them
+            return max(1, GPU_CHUNK_BYTES // max(1, sum(nbytes)))
+        return 1 if any(count % 64 for count in nbytes) else max(1, CHUNK_BYTES // max(1, sum(nbytes)))
 
-    def _read(self, order: Tensor, size: int, parts: list[Tensor] | None) -> Iterator[Any]:
+    def _read(self, order: Tensor, size: int, start: int | None) -> Iterator[Any]:
+        """Yield the batches of rows in this order; start: the first one, where they are consecutive."""
         try:
-            parts = self.rows.take(order) if parts is None else parts
+            parts = self._take(order, start)
         except (IndexError, RuntimeError):  # negative indices, or some out of range
             return map(self._fetch, [part.tolist() for part in order.split(size)])
+        if self._copies is not None:
+            parts = self._copies(parts)
+        return map(self.rows.collate, zip(*(self._split(part, size) for part in parts), strict=True))
+
+    def _take(self, order: Tensor, start: int | None) -> list[Tensor]:
+        if self._copied is not None and self.rows.versions != self._versions:  # a step wrote to the data
+            self._copied = self._keeper = None
+        rows = self.rows if self._copied is None else self._copied
+        try:
+            return (
+                rows.take(order)
+                if start is None or rows.kept is not None
+                else rows.take_range(start, start + len(order))
+            )
+        except torch.OutOfMemoryError:
+            if self._copied is None:
+                raise
+            self._copied = self._keeper = None  # others need the memory more
+            return self._take(order, start)
+
+    def _split(self, part: Tensor, size: int) -> Iterable[Tensor]:
         # unsafe_split: no views of one another for autograd, which forbids to write to such
-        return map(self.rows.collate, zip(*(part.unsafe_split(size) for part in parts), strict=True))
+        pieces = part.unsafe_split(size)
+        if self._is_on_gpu and len(pieces) > 1 and pieces[0].nbytes % GPU_ALIGNMENT:
+            return map(Tensor.clone, pieces)
+        return pieces
 
     def _fetch(self, indices: Any) -> Any:
         """Return the batch of a list of indices; anything but plain ones goes the loader's own way."""
         try:
             index = indices if isinstance(indices, Tensor) else torch.tensor(indices)
             if index.dtype == torch.int64 and index.dim() == 1:
-                return self.rows.collate(self.rows.take(index))
+                return self.rows.collate(self._take(index, None))
         except (TypeError, ValueError, IndexError, RuntimeError):
             pass
         dataset: Any = self.loader.dataset
@@ -150,20 +181,25 @@ def _find_rows(dataset: Any, collate: object) -> Rows | None:
     if type(dataset) is WeightedDataset and type(collate) is WeightedCollate:
         inner = _find_rows(dataset.dataset, collate.collate)
         if (
-            inner is None or inner.kept is not None or not _are_plain(dataset.sample_weight)
+            inner is None or inner.kept is not None or not _are_plain([*inner.tensors, dataset.sample_weight])
         ):  # whose rows are numbered anew
             return None
         of_batch = inner.collate
         return Rows(
-            [*inner.tensors, dataset.sample_weight], None, lambda parts: WeightedBatch(of_batch(parts[:-1]), parts[-1])
+            [*inner.tensors, dataset.sample_weight],
+            None,
+            lambda parts: WeightedBatch(of_batch(parts[:-1]), parts[-1]),
+            inner.gpu,
         )
     if collate is not default_collate:
         return None
     if type(dataset) is TensorDataset:
-        return Rows(list(dataset.tensors), None, list) if _are_plain(dataset.tensors) else None
+        tensors = list(dataset.tensors)
+        return Rows(tensors, None, list, _gpu_of(tensors)) if _are_plain(tensors) else None
     if type(dataset) is NestedDataset and _are_plain(dataset.rows):
         nest = dataset.rows
-        return Rows(list(leaves(nest)), None, lambda parts: _nest_like(nest, iter(parts)))
+        tensors = list(leaves(nest))
+        return Rows(tensors, None, lambda parts: _nest_like(nest, iter(parts)), _gpu_of(tensors))
     return None
 
 
@@ -178,13 +214,19 @@ def _as_index(indices: Any) -> Tensor | None:
 
 
 def _are_plain(nest: Nested) -> bool:
+    tensors = list(leaves(nest))
     return all(
         type(leaf) is Tensor
-        and leaf.device.type == "cpu"
+        and leaf.device.type in ("cpu", "cuda")
+        and leaf.device == tensors[0].device
         and leaf.layout is torch.strided
         and not (leaf.requires_grad or leaf.is_quantized)
-        for leaf in leaves(nest)
+        for leaf in tensors
     )
+
+
+def _gpu_of(tensors: Sequence[Tensor]) -> torch.device | None:
+    return tensors[0].device if tensors and tensors[0].device.type != "cpu" else None
 
 
 def _nest_like(nest: Nested, parts: Iterator[Tensor]) -> Nested:
@@ -198,4 +240,4 @@ def _nest_like(nest: Nested, parts: Iterator[Tensor]) -> Nested:
 
 
 def _pin(batch: Any) -> Any:
-    return map_nested(lambda tensor: tensor.pin_memory(), batch)
+    return map_nested(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor, batch)

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from kerastorch.data.in_memory import row_reader
+from kerastorch.data.in_memory import RowReader, row_reader
 from kerastorch.data.resumable import (
     Position,
     RestoringInit,
@@ -24,7 +24,7 @@ from kerastorch.data.resumable import (
     resumable_loader,
     skip_by_reading,
 )
-from kerastorch.device import get_random_state, set_random_state
+from kerastorch.device import CopyStream, get_random_state, set_random_state
 from kerastorch.errors import warn
 
 
@@ -81,8 +81,15 @@ class Passes:
         self.position, self._held = 0, None
 
     def release(self) -> None:
-        """Let go of a copied loader, and with it of its workers."""
+        """Let go of a copied loader, and with it of its workers, and of a copy on the GPU."""
         self._reader = self._plain_reader
+        if isinstance(self._plain_reader, RowReader):
+            self._plain_reader.release()
+
+    def read_to(self, copies: CopyStream, *, keeps: bool) -> None:
+        """Give what is in memory on the GPU; see BatchSource.read_to."""
+        if isinstance(self._plain_reader, RowReader):
+            self._plain_reader.read_to(copies, keeps=keeps)
 
     def keep_position(self) -> None:
         """Read from now on in such a way that state_dict() tells all that an exact resume needs."""

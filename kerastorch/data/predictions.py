@@ -16,6 +16,8 @@ from kerastorch.device import Nested, describe
 if TYPE_CHECKING:
     import numpy as np
 
+MAX_WAITING, MAX_WAITING_BYTES = 32, 2**22
+
 
 class Predictions:
     """Grows one array for each leaf of the outputs.
@@ -26,13 +28,42 @@ class Predictions:
     def __init__(self, num_samples: int | None = None) -> None:
         self.num_samples = num_samples
         self._rows: Nested = None
+        self._waiting: list[Tensor] = []  # all of one shape and dtype
+        self._shape: torch.Size | None = None  # theirs
+        self._dtype: torch.dtype | None = None
+        self._first: tuple[Tensor, int] | None = None  # the first of them and its address, until there is a second
+        self._room = 1  # how many may wait
 
     def append(self, outputs: Nested, num_samples: int) -> None:
         """Add a batch of nested numpy arrays; ValueError for a leaf without a first axis of num_samples."""
+        self._add_waiting()
         self._rows = self._append(self._rows, outputs, num_samples)
+
+    def append_later(self, outputs: Tensor, num_samples: int) -> None:
+        """Add a batch of outputs, many like it at once: one copy, and from a GPU one wait, for all of them."""
+        shape = outputs.shape
+        if shape != self._shape or shape[0] != num_samples or outputs.dtype != self._dtype:
+            self.append(to_numpy(outputs), num_samples)
+            self._shape, self._dtype, self._first = shape, outputs.dtype, (outputs, outputs.data_ptr())
+            return
+        if self._first is not None:
+            # A net that writes its outputs to the same memory each time would write over those that wait.
+            is_reused = outputs.data_ptr() == self._first[1]
+            room = MAX_WAITING_BYTES // max(1, outputs.untyped_storage().nbytes())
+            self._room, self._first = 1 if is_reused else min(room, MAX_WAITING), None
+        self._waiting.append(outputs.detach() if outputs.requires_grad else outputs)
+        if len(self._waiting) >= self._room:
+            self._add_waiting()
+
+    def _add_waiting(self) -> None:
+        if self._waiting:
+            outputs, self._waiting = self._waiting, []
+            joined = torch.cat(outputs)
+            self._rows = self._append(self._rows, to_numpy(joined), len(joined))
 
     def joined(self) -> Nested:
         """Return all rows in order, nested as the outputs are. Nothing can be appended after."""
+        self._add_waiting()
         return _map_rows(self._rows)
 
     def _append(self, rows: Nested, part: Nested, num_samples: int) -> Nested:

@@ -10,6 +10,7 @@ import multiprocessing
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from itertools import repeat
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from kerastorch.data.arrays import default_sampler, is_map_style, is_numpy, num_
 from kerastorch.data.passes import Passes
 from kerastorch.data.resumable import can_be_resumed
 from kerastorch.data.weights import WeightedBatch, WeightedCollate, is_weighted
-from kerastorch.device import Nested, describe, map_nested
+from kerastorch.device import CopyStream, Nested, describe, map_nested
 
 Batch = tuple[Nested, Nested, Tensor | None]
 
@@ -82,6 +83,14 @@ class BatchSource:
         """Let go of the running pass, and with it of a loader's workers."""
         self._iterator = None
         self._passes.release()
+
+    def read_to(self, copies: CopyStream, *, keeps: bool) -> None:
+        """Give what is in memory on the GPU, until release(), unless `unpack` may expect it on the CPU.
+
+        keeps: whether all of it may stay there after the first pass, where it takes little of what is free.
+        """
+        if self.unpack is None:
+            self._passes.read_to(copies, keeps=keeps)
 
     def another(self) -> BatchSource:
         """Return a source of the same batches whose passes leave this one's alone."""
@@ -148,7 +157,7 @@ class BatchSource:
         if total is None and look_ahead:
             batches: Iterable[tuple[Any, bool]] = _with_last(iterator, self._passes.hold, clones=self._converts)
         else:
-            batches = ((batch, False) for batch in iterator)
+            batches = zip(iterator, repeat(False))
         try:
             for batch, is_last in batches:
                 count += 1

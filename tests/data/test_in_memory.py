@@ -1,6 +1,7 @@
 """Rows read many at a time equal those of the plain loader to the bit, and so do all random states on the way."""
 
 import random
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import mse_loss
 from torch.utils.data import (
     BatchSampler,
     ConcatDataset,
@@ -28,11 +30,15 @@ from torch.utils.data import (
 )
 
 from kerastorch import Model
-from kerastorch.data import BatchSource
+from kerastorch.callbacks import Callback, CallbackList
+from kerastorch.data import BatchSource, in_memory
 from kerastorch.data.arrays import NestedDataset
 from kerastorch.data.in_memory import RowReader, row_reader
+from kerastorch.data.rows import Rows
 from kerastorch.data.weights import WeightedCollate, WeightedDataset
-from kerastorch.device import get_random_state, leaves, set_random_state
+from kerastorch.device import CopyStream, get_random_state, leaves, map_nested, set_random_state
+from kerastorch.progress import Progress
+from kerastorch.run import Compiled, Run
 
 ROWS = 41
 
@@ -713,3 +719,385 @@ def test_nothing_is_pinned_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(Tensor, "pin_memory", None)
     list(reader_of(make_loader(PLAIN, pin_memory=True)))
+
+
+# ---- on a GPU, for which the CPU stands here ----
+
+
+class Copies:
+    """Stands for a CopyStream to a GPU; sent: the bytes of each batch, or of several together."""
+
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.sent: list[int] = []
+
+    def __call__(self, batch: Any) -> Any:
+        self.sent.append(sum(leaf.nbytes for leaf in leaves(batch) if leaf is not None))
+        return map_nested(lambda leaf: leaf if leaf is None else leaf.clone(), batch)
+
+
+class GPU:
+    """Its free memory, and how often that was asked for; error: what that raises."""
+
+    def __init__(self) -> None:
+        self.free, self.asked = 2**30, 0
+        self.error: Exception | None = None
+
+    def mem_get_info(self, device: torch.device) -> tuple[int, int]:
+        self.asked += 1
+        if self.error is not None:
+            raise self.error
+        return self.free, 2**40
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> GPU:
+    gpu = GPU()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", gpu.mem_get_info)
+    monkeypatch.setattr("kerastorch.data.rows.send", lambda tensor, device: tensor)
+    monkeypatch.setattr("kerastorch.data.rows.COPY_BYTES", 1000)
+    return gpu
+
+
+def reader_to_gpu(loader: DataLoader[Any], keeps: bool = True) -> tuple[RowReader, Copies]:
+    reader, copies = reader_of(loader), Copies()
+    reader.read_to(copies, keeps=keeps)  # type: ignore[arg-type]
+    return reader, copies
+
+
+def trace_to_gpu(loader: DataLoader[Any], limits: Sequence[int | None], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    reader, _ = reader_to_gpu(loader)
+    with monkeypatch.context() as patch:
+        patch.setitem(globals(), "reader_of", lambda loader: reader)
+        return trace(loader, True, limits)
+
+
+NOT_COPIED = ("subset of negative", "subset of some negative")
+
+
+@pytest.mark.parametrize(
+    ("kind", "data"), [(kind, data) for kind in LOADERS for data in DATASETS if kind in KINDS or data in OFTEN]
+)
+def test_on_a_gpu_batches_and_random_states_are_those_of_the_plain_loader(
+    kind: str, data: str, gpu: GPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over a pass that copies batches, and one whose rows are there; the next ones break off or are whole."""
+    limits = (None, None, 2, None)
+    expected = trace(make_loader(DATASETS[data](), kind), False, limits)
+    assert_same_trace(trace_to_gpu(make_loader(DATASETS[data](), kind), limits, monkeypatch), expected)
+    assert gpu.asked == (0 if data in NOT_COPIED else 1)
+
+
+def test_small_batches_are_copied_together_and_rows_once_the_first_pass_is_over(gpu: GPU) -> None:
+    reader, copies = reader_to_gpu(DataLoader(TensorDataset(values(5000, 32), torch.arange(5000)), 32, shuffle=True))
+    list(reader)
+    assert len(copies.sent) == 1  # all are smaller than GPU_CHUNK_BYTES
+    assert reader._copied is None
+    list(islice(reader, 3))
+    assert reader._copied is not None
+    assert not any(copy is tensor for copy, tensor in zip(reader._copied.tensors, reader.rows.tensors, strict=True))
+    assert reader._copied.gpu == copies.device
+
+
+def test_batches_that_are_cut_off_a_larger_copy_begin_where_a_copy_of_their_own_would() -> None:
+    for dataset, size in ((values(999, 3), 5), (values(999, 64), 32), (values(999), 1)):
+        reader, copies = reader_to_gpu(DataLoader(TensorDataset(dataset), size), keeps=False)
+        starts = [x.data_ptr() % 64 for (x,) in list(reader)]
+        assert set(starts) == {0}
+        assert len(copies.sent) == 1
+
+
+def test_rows_of_a_pass_that_breaks_off_are_not_copied(gpu: GPU) -> None:
+    reader, _ = reader_to_gpu(make_loader(PLAIN))
+    for _ in range(3):
+        list(islice(reader, 9))
+    assert gpu.asked == 0
+
+
+@pytest.mark.parametrize("room", [-1, 0])
+def test_rows_are_copied_where_they_take_no_more_than_their_share_of_free_memory(room: int, gpu: GPU) -> None:
+    dataset = Subset(TensorDataset(values(100, 16), torch.arange(100)), range(0, 100, 2))
+    reader, _ = reader_to_gpu(make_loader(dataset))
+    gpu.free = 8 * (50 * 16 * 4 + 50 * 8) + room
+    list(reader), list(reader)
+    assert (reader._copied is not None) == (room == 0)
+
+
+def test_rows_are_not_kept_where_that_is_not_asked_for(gpu: GPU) -> None:
+    reader, _ = reader_to_gpu(make_loader(PLAIN), keeps=False)
+    expected = list(reader)
+    assert_same(list(reader), expected)
+    assert gpu.asked == 0
+
+
+@pytest.mark.parametrize("kind", ["sequential", "shuffled", "own batch sampler"])
+def test_a_gpu_without_memory_for_the_rows_gets_batches(kind: str, gpu: GPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = (None, None, None)
+    expected = trace(make_loader(PLAIN, kind), False, limits)
+    gpu.error = torch.OutOfMemoryError("no memory")
+    assert_same_trace(trace_to_gpu(make_loader(PLAIN, kind), limits, monkeypatch), expected)
+    assert gpu.asked == 2
+
+
+@pytest.mark.parametrize("kind", ["sequential", "shuffled", "own batch sampler"])
+def test_memory_that_runs_out_as_rows_are_read_takes_them_off_the_gpu(
+    kind: str, gpu: GPU, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_memory(read: Callable[..., Any]) -> Callable[..., Any]:
+        def read_or_fail(rows: Rows, *arguments: Any) -> Any:
+            if rows.gpu is not None:
+                raise torch.OutOfMemoryError("no memory")
+            return read(rows, *arguments)
+
+        return read_or_fail
+
+    loader = make_loader(PLAIN, kind)
+    reader, _ = reader_to_gpu(loader)
+    list(reader)
+    for name in ("take", "take_range"):
+        monkeypatch.setattr(Rows, name, without_memory(getattr(Rows, name)))
+    for _ in range(2):
+        seed()
+        expected = list(loader)
+        seed()
+        assert_same(list(reader), expected)
+        assert reader._copied is None
+    assert gpu.asked == 1
+
+
+@pytest.mark.parametrize("kind", ["sequential", "shuffled", "own batch sampler", "uneven"])
+@pytest.mark.parametrize("data", ["rows of 64 bytes", "subset of a list", "weighted rows of 64 bytes"])
+def test_what_is_written_between_passes_is_on_the_gpu_too(kind: str, data: str, gpu: GPU) -> None:
+    dataset: Any = DATASETS[data]()
+    loader = make_loader(dataset, kind)
+    while not isinstance(dataset, TensorDataset):
+        dataset = dataset.dataset
+    original, (reader, _) = dataset.tensors[0].clone(), reader_to_gpu(loader)
+    for number in range(4):
+        seed()
+        expected = list(loader)
+        seed()
+        assert_same(list(reader), expected)
+        dataset.tensors[0][:, 0] = number
+    assert reader._copied is not None
+    assert gpu.asked == 1  # the copy's memory is used again
+    dataset.tensors[0].copy_(original)
+
+
+def test_what_numpy_writes_to_its_own_memory_is_on_the_gpu_too(gpu: GPU) -> None:
+    array = np.zeros((64, 16), np.float32)
+    reader, _ = reader_to_gpu(DataLoader(TensorDataset(torch.from_numpy(array)), 8))
+    for expected in range(4):
+        assert all((x == expected).all() for (x,) in reader)
+        array += 1
+    assert reader._copied is not None
+
+
+def test_rows_that_stay_as_they_are_are_copied_once(gpu: GPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, _ = reader_to_gpu(make_loader(DATASETS["subset of weighted"]()))
+    list(reader), list(reader)
+    monkeypatch.setattr(Tensor, "copy_", None)
+    list(reader)
+    assert reader._copied is not None
+
+
+def test_rows_set_anew_between_passes_are_on_the_gpu_too(gpu: GPU) -> None:
+    subset = Subset(TensorDataset(torch.arange(8)), [0, 1])
+    reader, _ = reader_to_gpu(DataLoader(subset, 4))
+    for indices in ([0, 1], [0, 1], [6, 7], [5, 4, 3], [2, 99]):
+        subset.indices = indices
+        if 99 in indices:
+            with pytest.raises(IndexError):
+                list(reader)
+        else:
+            assert [x.tolist() for (x,) in reader] == [indices]
+    subset.indices = [3, 1]
+    for first in (10, 20):
+        subset.dataset = TensorDataset(torch.arange(first, first + 8))
+        assert [x.tolist() for (x,) in reader] == [[first + 3, first + 1]]
+    subset.dataset = TensorDataset(torch.arange(8), torch.arange(8))
+    assert [[x.tolist() for x in batch] for batch in reader] == [[[3, 1], [3, 1]]]
+
+
+@pytest.mark.parametrize("kind", ["sequential", "shuffled", "own batch sampler"])
+@pytest.mark.parametrize("data", ["one tensor", "rows of 64 bytes", "subset of a list"])
+def test_what_a_step_writes_to_the_data_is_in_later_batches_on_a_gpu(kind: str, data: str, gpu: GPU) -> None:
+    results: list[Any] = []
+    for reads_rows in (False, True):
+        dataset: Any = DATASETS[data]()
+        tensor = (dataset.dataset if isinstance(dataset, Subset) else dataset).tensors[0]
+        original, loader = tensor.clone(), make_loader(dataset, kind)
+        reader = reader_to_gpu(loader)[0] if reads_rows else loader
+        batches = []
+        for _ in range(3):
+            seed()
+            for count, batch in enumerate(reader):
+                batches.append(batch)
+                if count in (1, 2, 6) and len(batches) > 15:
+                    tensor[:, 0] += count
+        results.append(batches)
+        tensor.copy_(original)
+    assert_same(results[1], results[0])
+    assert gpu.asked == 1
+
+
+def test_a_net_that_writes_to_its_batch_leaves_the_rows_on_the_gpu_as_they_are(gpu: GPU) -> None:
+    for shuffle in (False, True):
+        reader, _ = reader_to_gpu(DataLoader(TensorDataset(torch.ones(ROWS, 16)), 4, shuffle=shuffle))
+        for _ in range(3):
+            for (x,) in reader:
+                assert (x == 1).all()
+                x.zero_()
+
+
+@pytest.mark.parametrize("index", [[0, ROWS], [3, -1]])
+def test_no_index_that_is_out_of_range_gets_to_a_gpu(index: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kerastorch.data.rows.send", None)
+    with pytest.raises(IndexError):
+        Rows([X], None, list, torch.device("cpu")).take(torch.tensor(index))
+
+
+def test_a_wrong_index_is_the_loader_s_own_error_on_a_gpu_too(gpu: GPU) -> None:
+    lists = [[0, 1], [2, 3]]
+    reader, _ = reader_to_gpu(DataLoader(PLAIN, batch_sampler=lists))
+    list(reader)
+    lists[1] = [2, ROWS]
+    seen, error = pass_until_error(reader)
+    others, other_error = pass_until_error(DataLoader(PLAIN, batch_sampler=lists))
+    assert error == other_error
+    assert_same(seen, others)
+    lists[1] = [2, -1]
+    assert_same(list(reader), list(DataLoader(PLAIN, batch_sampler=lists)))
+
+
+def test_what_is_on_a_gpu_is_not_pinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "pin_memory", None)
+    there = torch.empty(3, device="meta")
+    assert in_memory._pin([there])[0] is there
+
+
+def test_unpack_gets_batches_on_the_cpu(gpu: GPU) -> None:
+    copies, loader = Copies(), DataLoader(PLAIN, 4)
+    for unpack, count in ((lambda batch: batch, 0), (None, 1)):
+        copies.sent.clear()
+        source = BatchSource(loader, name="the data", unpack=unpack)
+        source.read_to(copies, keeps=True)  # type: ignore[arg-type]
+        list(source.epoch())
+        assert len(copies.sent) == count
+
+
+def test_a_source_lets_go_of_the_rows_on_the_gpu(gpu: GPU) -> None:
+    source = BatchSource(DataLoader(TensorDataset(values(ROWS, 16)), 4), name="the data")
+    source.read_to(Copies(), keeps=True)  # type: ignore[arg-type]
+    list(source.epoch()), list(source.epoch())
+    reader = source._passes._plain_reader
+    assert isinstance(reader, RowReader)
+    assert reader._copied is not None
+    copy = weakref.ref(reader._copied.tensors[0])
+    source.release()
+    assert copy() is None
+
+
+@pytest.mark.parametrize("cuts_batches", [False, True])
+def test_a_run_on_cuda_reads_to_the_gpu(cuts_batches: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows do not stay there where memory is known to be short."""
+    copies = Copies()
+    monkeypatch.setattr("kerastorch.run.CopyStream", lambda device: copies)
+    monkeypatch.setattr("kerastorch.run.PassSums", lambda *arguments: None)
+    net = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    compiled = Compiled(mse_loss, optimizer, torch.amp.GradScaler(enabled=False), cuts_batches=cuts_batches)
+    source = BatchSource(DataLoader(PLAIN, 4), name="the data")
+    run = Run(
+        net, torch.device("cuda", 0), compiled, callbacks=CallbackList(None), progress=Progress(0), train_data=source
+    )
+    reader: Any = source._passes._plain_reader
+    assert reader._copies is copies
+    assert (reader._keeper is None) == cuts_batches
+    assert run._begin_batch(torch.ones(2, 3), torch.ones(2, 1), None)[0].shape == (2, 3)
+    assert copies.sent == [32]
+
+
+def test_fit_gives_the_same_on_a_gpu(gpu: GPU, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin, all_copies = Run.__init__, []
+
+    def begin_on_gpu(run: Run, *arguments: Any, **options: Any) -> None:
+        begin(run, *arguments, **options)
+        copies: Any = Copies()
+        run._copies = copies
+        all_copies.append(copies)
+        for source in (run.train_data, run.val_data):
+            if source is not None:
+                source.read_to(copies, keeps=True)
+
+    results = []
+    for is_on_gpu in (False, True):
+        if is_on_gpu:
+            monkeypatch.setattr(Run, "__init__", begin_on_gpu)
+        seed()
+        net = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 1))
+        model = Model(net, device="cpu")
+        model.compile("mse", torch.optim.SGD(net.parameters(), 0.1), metrics=["mae"], gradient_accumulation_steps=2)
+        x, y = values(70, 16) / 100, values(70, 1) / 100
+        settings = {"batch_size": 16, "epochs": 3, "validation_split": 0.2, "verbose": 0}
+        history = model.fit(x, y, sample_weight=torch.rand(70), class_weight=None, **settings)
+        predicted = model.predict(x, batch_size=8, verbose=0)
+        results.append((history.history, predicted.tolist(), list(net.state_dict().values()), get_random_state()))
+    assert results[0][:2] == results[1][:2]
+    assert_same(results[0][2], results[1][2])
+    assert_same_state(results[0][3], results[1][3])
+    assert gpu.asked == 2  # training and validation rows
+    assert all(copies.sent for copies in all_copies)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("data", DATASETS)
+@pytest.mark.parametrize("kind", ["sequential", "shuffled", "loader's generator", "uneven", "some negative"])
+def test_on_cuda_batches_are_those_of_the_plain_loader_moved(kind: str, data: str) -> None:
+    """Also those that the CPU has overwritten since, and after the rows went to the GPU."""
+    copies = CopyStream(torch.device("cuda", 0))
+    reader = reader_of(make_loader(DATASETS[data](), kind))
+    reader.read_to(copies, keeps=True)
+    loader = make_loader(DATASETS[data](), kind)
+    for count in range(3):
+        seed()
+        expected = list(loader)
+        seed()
+        batches = [copies(batch) for batch in reader]
+        assert all(leaf.device == copies.device for batch in batches for leaf in leaves(batch))
+        moved = map_nested(lambda leaf: leaf.to(copies.device), expected)
+        assert_same(map_nested(Tensor.cpu, batches), map_nested(Tensor.cpu, moved))
+        assert (reader._copied is not None) == (count > 0 and data not in NOT_COPIED)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_tensors_that_lie_there_are_read_by_rows() -> None:
+    dataset = TensorDataset(values(ROWS, 16).cuda(), torch.arange(ROWS).cuda())
+    for kind in KINDS:
+        seed()
+        expected = list(make_loader(dataset, kind))
+        seed()
+        batches = list(reader_of(make_loader(dataset, kind)))
+        assert all(leaf.is_cuda for leaf in leaves(batches))
+        assert all(torch.equal(one, two) for one, two in zip(leaves(batches), leaves(expected), strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_a_fit_takes_rows_there_and_gives_the_memory_back() -> None:
+    x, y = values(4096, 64), values(4096, 1)
+    model = Model(nn.Linear(64, 1), device="cuda")
+    model.compile("mse", "sgd")
+    model.fit(x, y, batch_size=64, epochs=1, verbose=0)
+    before, held = torch.cuda.memory_allocated(), []
+
+    class Look(Callback):
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            held.append(torch.cuda.memory_allocated())
+
+    model.fit(x, y, batch_size=64, epochs=3, callbacks=[Look()], verbose=0)
+    assert held[1] - held[0] >= x.nbytes
+    assert torch.cuda.memory_allocated() <= before + 2**16

@@ -130,3 +130,94 @@ def test_a_part_that_is_none_in_every_batch_stays_none():
     scores, nothing = predictions.joined()
     assert scores.shape == (8, 1)
     assert nothing is None
+
+
+# ---- many at once ----
+
+LATER = [torch.arange(8.0).reshape(4, 2) + 100 * i for i in range(70)]
+
+
+def join_later(parts, num_samples=None):
+    predictions = Predictions(num_samples)
+    for part in parts:
+        predictions.append_later(part, len(part))
+    return predictions.joined()
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        LATER,
+        LATER[:1],
+        LATER[:2],
+        [*LATER[:40], LATER[40][:3]],
+        [part[: 1 + i % 3] for i, part in enumerate(LATER)],
+        [*LATER[:3], *(part.long() for part in LATER[3:6]), *LATER[6:]],
+        [part.t()[:, 0] for part in LATER],
+        [part.clone().requires_grad_() for part in LATER],
+    ],
+    ids=["many", "one", "two", "a short last one", "of several sizes", "of several dtypes", "views", "with gradients"],
+)
+@pytest.mark.parametrize("num_samples", [None, 280, 3])
+def test_joined_many_at_once_they_are_in_order(parts, num_samples):
+    expected = np.concatenate([part.detach().numpy() for part in parts])
+    joined = join_later(parts, num_samples)
+    assert joined.dtype == expected.dtype
+    assert np.array_equal(joined, expected)
+
+
+def test_bfloat16_joined_many_at_once_is_float32():
+    joined = join_later([part.bfloat16() for part in LATER])
+    assert joined.dtype == np.float32
+    assert np.array_equal(joined, torch.cat([part.bfloat16() for part in LATER]).float().numpy())
+
+
+def test_outputs_in_memory_that_the_net_uses_again_are_joined_one_by_one():
+    buffer, predictions = torch.empty(4, 2), Predictions()
+    for part in LATER:
+        buffer.copy_(part)
+        predictions.append_later(buffer[:], 4)
+    assert np.array_equal(predictions.joined(), torch.cat(LATER).numpy())
+
+
+def test_few_bytes_wait_to_be_joined(monkeypatch):
+    monkeypatch.setattr("kerastorch.data.predictions.MAX_WAITING_BYTES", 5 * 32)
+    predictions, waiting = Predictions(), []
+    for part in LATER[:12]:
+        predictions.append_later(part.clone(), 4)
+        waiting.append(len(predictions._waiting))
+    assert waiting == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+    hidden = torch.zeros(10, 4, 8)  # whose parts hold the whole in memory
+    predictions = Predictions()
+    for part in hidden:
+        predictions.append_later(part[:, :2], 4)
+    assert not predictions._waiting
+
+
+def test_one_by_one_and_many_at_once_may_alternate():
+    predictions = Predictions()
+    for i, part in enumerate(LATER):
+        if i % 7 == 5:
+            predictions.append(part.numpy(), 4)
+        else:
+            predictions.append_later(part, 4)
+    assert np.array_equal(predictions.joined(), torch.cat(LATER).numpy())
+
+
+@pytest.mark.parametrize("before", [0, 1, 5])
+@pytest.mark.parametrize("part", [torch.zeros(()), torch.zeros(7, 4), torch.zeros(4, 3)], ids=["no axes", "7", "wide"])
+def test_what_can_t_be_joined_is_refused_at_its_batch_many_at_once_too(before, part):
+    predictions = Predictions()
+    for good in LATER[:before]:
+        predictions.append_later(good, 4)
+    if before or part.shape != (4, 3):
+        with pytest.raises(ValueError, match=r"predict\(\) (joins outputs on|can't join outputs of shapes)"):
+            predictions.append_later(part, 4)
+
+
+def test_the_same_outputs_for_a_batch_of_another_size_are_refused():
+    predictions = Predictions()
+    for part in LATER[:4]:
+        predictions.append_later(part, 4)
+    with pytest.raises(ValueError, match=r"ndarray\(4, 2\) float32 for a batch of 3"):
+        predictions.append_later(LATER[4], 3)
