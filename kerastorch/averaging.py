@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from kerastorch.device import bare_module, lazy_copies, lazy_names
+from kerastorch.device import bare_module
+from kerastorch.lazy import lazy_copies, lazy_names
 
 EXTRA_STATE = "_extra_state"  # the last part of its key in a state_dict
 

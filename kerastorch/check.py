@@ -27,15 +27,17 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, TensorDataset
 
 from kerastorch.callbacks import CallbackList
+from kerastorch.compiled import Compiled
 from kerastorch.data import Batch, BatchSource, make_dataset, make_source, needs_unpack
 from kerastorch.data.arrays import NestedDataset
-from kerastorch.device import Nested, lazy_copies, leaves, map_nested, preserved_random_state
+from kerastorch.device import Nested, leaves, map_nested, preserved_random_state
 from kerastorch.errors import check_int
+from kerastorch.lazy import lazy_copies
 from kerastorch.loops.function_loop import train_step
 from kerastorch.losses import Loss, loss_scale
 from kerastorch.progress import Progress
 from kerastorch.report import Finding, Layer, Level, Report, format_bytes
-from kerastorch.run import Compiled, Run
+from kerastorch.run import Run
 
 if TYPE_CHECKING:
     from kerastorch.model import Model

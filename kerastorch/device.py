@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 
 from kerastorch.errors import check_int
@@ -184,17 +183,6 @@ def bare_module(net: nn.Module) -> nn.Module:
         assert isinstance(inner, nn.Module)
         net = inner
     return net
-
-
-def lazy_names(net: nn.Module) -> list[str]:
-    """Return the names of the parameters and buffers whose shapes no forward has settled yet."""
-    return [name for name, value in (*net.named_parameters(), *net.named_buffers()) if is_lazy(value)]
-
-
-def lazy_copies(net: nn.Module) -> dict[int, Any]:
-    """Return copies of the buffers that have no shape yet, as deepcopy's memo: torch can't copy these."""
-    lazy: list[Any] = [buffer for buffer in net.buffers() if is_lazy(buffer)]
-    return {id(buffer): type(buffer)(device=buffer.device, dtype=buffer.dtype) for buffer in lazy}
 
 
 def bare_keys(weights: Mapping[str, Any], known: Iterable[str] = ()) -> Mapping[str, Any]:

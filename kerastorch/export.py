@@ -28,7 +28,6 @@ from kerastorch.checkpoint import sync_folder
 from kerastorch.device import (
     Nested,
     describe,
-    lazy_names,
     leaves,
     map_nested,
     move_to_device,
@@ -46,6 +45,7 @@ from kerastorch.exported import (
     import_onnxruntime,
     load_exported,
 )
+from kerastorch.lazy import lazy_names
 from kerastorch.trial import call_net, copy_net, make_example
 
 if TYPE_CHECKING:

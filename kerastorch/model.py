@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from kerastorch.callbacks import Callback, CallbackList
 from kerastorch.check import check_model
+from kerastorch.compiled import AUTOCAST_DTYPES, Compiled, LastFit
 from kerastorch.data import (
     BatchSource,
     is_map_style,
@@ -31,7 +32,6 @@ from kerastorch.data import (
 from kerastorch.device import (
     Nested,
     get_random_state,
-    lazy_names,
     move_to_device,
     preserved_random_state,
     resolve_device,
@@ -42,6 +42,7 @@ from kerastorch.errors import check_choice, check_int, did_you_mean
 from kerastorch.export import ExportReport, export_model
 from kerastorch.history import History
 from kerastorch.jit import compile_arguments, told_apart
+from kerastorch.lazy import lazy_names
 from kerastorch.loops import Loop, has_own_train_step, is_own_loop, make_loop
 from kerastorch.losses import LOSSES, LossFunction, LossSpec, OutputLosses, ignored_class, loss_scale, make_loss
 from kerastorch.metrics import AnyMetric, LogValue, make_metrics, make_output_metrics
@@ -59,7 +60,7 @@ from kerastorch.optimizers import (
 from kerastorch.progress import Progress, Verbose
 from kerastorch.report import Report
 from kerastorch.resume import check_content, find_checkpoint
-from kerastorch.run import AUTOCAST_DTYPES, Compiled, LastFit, Run
+from kerastorch.run import Run
 from kerastorch.saving import (
     LoadReport,
     SavedState,

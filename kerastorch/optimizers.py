@@ -19,8 +19,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from torch.utils.hooks import RemovableHandle
 
-from kerastorch.device import bare_module, lazy_names
+from kerastorch.device import bare_module
 from kerastorch.errors import did_you_mean, look_up
+from kerastorch.lazy import lazy_names
 
 OptimizerFactory = Callable[[Any], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]

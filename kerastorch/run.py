@@ -8,30 +8,28 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from kerastorch.averaging import WeightAverage
 from kerastorch.checkpoint import check_plain
+from kerastorch.compiled import AUTOCAST_DTYPES, Compiled, LastFit
 from kerastorch.data import BatchSource, ClassWeight, Predictions, to_numpy
 from kerastorch.device import (
     CopyStream,
     Nested,
     bare_module,
     get_random_state,
-    lazy_names,
     map_nested,
     move_to_device,
     num_samples,
-    preserved_random_state,
     set_random_state,
 )
 from kerastorch.first_batch import (
@@ -44,102 +42,16 @@ from kerastorch.first_batch import (
 )
 from kerastorch.history import History
 from kerastorch.jit import mark_batch_axis
-from kerastorch.losses import Loss, LossFunction
-from kerastorch.metrics import AnyMetric, LogValue, known_logs, may_name_results
+from kerastorch.lazy import lazy_names, settle_shapes
+from kerastorch.losses import Loss
+from kerastorch.metrics import LogValue, known_logs, may_name_results
 from kerastorch.optimizers import single_optimizers, sparse_clipping
 from kerastorch.progress import Progress
 from kerastorch.resume import check_states, get_content, restore
-from kerastorch.sums import PassSums
+from kerastorch.sums import PassSums, RunningLogs
 
 if TYPE_CHECKING:
-    from kerastorch.callbacks import Callback, CallbackList
-
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass
-class Compiled:
-    """What compile() settled; a Run reads it, the next compile() replaces it whole."""
-
-    loss: LossFunction
-    optimizer: Optimizer
-    scaler: torch.amp.GradScaler
-    metrics: dict[str, AnyMetric] = field(default_factory=dict)
-    lr_scheduler: LRScheduler | str | None = None
-    lr_scheduler_interval: str = "epoch"
-    mixed_precision: str | None = None
-    gradient_accumulation_steps: int = 1
-    cuts_batches: bool = False  # where memory is too small
-    num_parts: int = 1  # what a batch is cut into
-    clip_grad_norm: float | None = None
-    clip_grad_value: float | None = None
-    weighted_metrics: dict[str, AnyMetric] = field(default_factory=dict)
-    unpack: Callable[[Any], Any] | None = None
-    jit_compile: bool | Mapping[str, Any] = False
-    channels_last: bool = False
-    param_groups: list[dict[str, Any]] = field(default_factory=list)  # their options before any scheduler changed them
-    looked_at: set[tuple[object, ...]] = field(default_factory=set)  # kinds of batches that passed the first look
-
-
-@dataclass
-class LastFit:
-    """What eject needs to know of the last fit; as it is before the first.
-
-    kind, target_kind: "tensor", "tuple" or "dict" of tensors, "none" or "other", by the first batch.
-    target: shape of a sample's target and its dtype, where it is one tensor.   epochs: asked for, a final index.
-    validated: None where that is open.   has_length: whether the number of batches is known.
-    is_tuple: whether a batch without target is (x,), not x.   rows: of the arrays given to train on; None where they
-    were a Dataset or a loader.   val_rows: likewise.   is_split: whether those are the last rows of the same arrays.
-    sample_weights, unpacks, batch_sizes: of training and validation.   inferred: {metric: what it was inferred from}.
-    """
-
-    callbacks: list[Callback] = field(default_factory=list)
-    class_weight: Mapping[int, float] | None = None
-    kind: str = "tensor"
-    target_kind: str = "tensor"
-    target: tuple[tuple[int, ...], torch.dtype] | None = None
-    epochs: int | None = None
-    initial_epoch: int = 0
-    validated: bool | None = None
-    has_length: bool = True
-    is_tuple: bool = True
-    rows: int | None = 0
-    val_rows: int | None = 0
-    is_split: bool = False
-    shuffle: bool = True
-    validation_freq: int | Collection[int] = 1
-    steps_per_epoch: int | None = None
-    validation_steps: int | None = None
-    batch_sizes: tuple[int | None, int | None] = (None, None)
-    sample_weights: tuple[bool, bool] = (False, False)
-    unpacks: tuple[bool, bool] = (False, False)
-    inferred: dict[str, list[Any]] = field(default_factory=dict)
-
-
-class RunningLogs(Mapping[str, LogValue]):
-    """The running averages that batch hooks get; they are read from the device when first looked at (a sync)."""
-
-    def __init__(self, sums: PassSums) -> None:
-        self._sums = sums
-        self._values: dict[str, LogValue] | None = None
-
-    def _read(self) -> dict[str, LogValue]:
-        if self._values is None:
-            self._sums.flush()
-            self._values = self._sums.running()
-        return self._values
-
-    def __getitem__(self, name: str) -> LogValue:
-        return self._read()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._read())
-
-    def __len__(self) -> int:
-        return len(self._read())
-
-    def __repr__(self) -> str:
-        return repr(self._read())
+    from kerastorch.callbacks import CallbackList
 
 
 class Run:
@@ -850,23 +762,14 @@ class Run:
             self._watch.enter_context(watched_layers(self.net))
         self._settle_shapes(x)
 
-    @torch.no_grad()
     def _settle_shapes(self, x: Nested) -> None:
-        """Call a lazy net once, before anything reads its weights: in eval mode, random states and buffers kept."""
+        """Give a lazy net its weights before anything reads them."""
         state, self._shapes_state = self._shapes_state, None
         if state is None or not lazy_names(self.net):  # a checkpoint had them
             return
-        training = {module: module.training for module in self.net.modules()}
-        buffers = [(buffer, buffer.clone()) for buffer in self.net.buffers() if not is_lazy(buffer)]
         eagerly = torch.compiler.set_stance("force_eager") if self.is_jit else nullcontext()
-        with preserved_random_state(), self.autocast(), eagerly:
-            set_random_state(state)
-            self.net.eval()
-            self.forward(x)
-        for module, flag in training.items():
-            module.training = flag
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        with self.autocast(), eagerly:
+            settle_shapes(self.net, partial(self.forward, x), state)
         left = lazy_names(self.net)
         if left and self.train_data is not None:
             raise ValueError(

@@ -32,10 +32,11 @@ from kerastorch.checkpoint import (
     write_safetensors,
     write_whole,
 )
+from kerastorch.compiled import Compiled
 from kerastorch.device import bare_keys, bare_module, describe, get_random_state, set_random_state
 from kerastorch.history import History
 from kerastorch.resume import check_form, find_misfits, restore_states
-from kerastorch.run import Compiled, Run
+from kerastorch.run import Run
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 WEIGHTS_KEYS = ("model_state_dict", "state_dict", "model")  # under which training scripts keep them

@@ -6,7 +6,7 @@ Sisters: metrics.py below, run.py above.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -298,3 +298,29 @@ def _is_cheap(metric: AnyMetric) -> bool:
 def _to_number(value: object) -> LogValue:
     tensor = torch.as_tensor(value)
     return float(tensor) if tensor.numel() == 1 else tensor.tolist()
+
+
+class RunningLogs(Mapping[str, LogValue]):
+    """The running averages that batch hooks get; they are read from the device when first looked at (a sync)."""
+
+    def __init__(self, sums: PassSums) -> None:
+        self._sums = sums
+        self._values: dict[str, LogValue] | None = None
+
+    def _read(self) -> dict[str, LogValue]:
+        if self._values is None:
+            self._sums.flush()
+            self._values = self._sums.running()
+        return self._values
+
+    def __getitem__(self, name: str) -> LogValue:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __repr__(self) -> str:
+        return repr(self._read())

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from kerastorch.data import to_tensors
-from kerastorch.device import Nested, bare_module, describe, lazy_copies, leaves
+from kerastorch.device import Nested, bare_module, describe, leaves
 from kerastorch.errors import check_int
+from kerastorch.lazy import lazy_copies
 
 
 def copy_net(net: nn.Module) -> nn.Module:

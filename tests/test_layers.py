@@ -11,6 +11,7 @@ PACKAGE = Path(kerastorch.__file__).parent
 ROWS = [  # lowest first; a folder's base file lies below its sisters, its __init__ above them
     {"datasets.digits", "errors", "file_lock"},
     {"device", "datasets"},
+    {"lazy"},
     {"jit", "losses", "optimizers", "metrics", "initializers", "progress", "plots", "report"},
     {"averaging", "checkpoint", "distributed", "stopping", "history", "first_batch", "data.arrays"},
     {"data.weights", "data.rows", "data.predictions", "data.resumable", "sums"},
@@ -18,7 +19,7 @@ ROWS = [  # lowest first; a folder's base file lies below its sisters, its __ini
     {"data.dataset", "data.passes"},
     {"data.source"},
     {"data"},
-    {"resume", "trial"},
+    {"resume", "trial", "compiled"},
     {"run"},
     {"callbacks.callback"},
     {"callbacks.*"},

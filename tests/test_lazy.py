@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kerastorch as kt
 from kerastorch.callbacks import EMA, SWA, BackupAndRestore, EarlyStopping, ModelCheckpoint
-from kerastorch.device import lazy_names, preserved_random_state
+from kerastorch.device import preserved_random_state
+from kerastorch.lazy import lazy_names
 from kerastorch.loops import LOOPS
 
 EPOCHS = 3

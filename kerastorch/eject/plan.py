@@ -17,9 +17,9 @@ from kerastorch.metrics import MeanMetric, NamedMetric, is_collection
 from kerastorch.optimizers import NamedOptimizers
 
 if TYPE_CHECKING:
+    from kerastorch.compiled import Compiled
     from kerastorch.loops import Loop
     from kerastorch.model import Model
-    from kerastorch.run import Compiled
 
 MOVED = {  # kind of x (and of y): how it goes to the device, how the net takes it, its number of samples
     "tensor": ("{0}.to($device)", "net(x)", "len(x)"),

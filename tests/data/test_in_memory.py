@@ -31,6 +31,7 @@ from torch.utils.data import (
 
 from kerastorch import Model
 from kerastorch.callbacks import Callback, CallbackList
+from kerastorch.compiled import Compiled
 from kerastorch.data import BatchSource, in_memory
 from kerastorch.data.arrays import NestedDataset
 from kerastorch.data.in_memory import RowReader, row_reader
@@ -38,7 +39,7 @@ from kerastorch.data.rows import Rows
 from kerastorch.data.weights import WeightedCollate, WeightedDataset
 from kerastorch.device import CopyStream, get_random_state, leaves, map_nested, set_random_state
 from kerastorch.progress import Progress
-from kerastorch.run import Compiled, Run
+from kerastorch.run import Run
 
 ROWS = 41
 
