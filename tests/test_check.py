@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import kerastorch as kt
-from kerastorch.check import Finding, Layer, Report, check_model
+from kerastorch.check import check_model
 from kerastorch.loops import LOOPS
+from kerastorch.report import Finding, Layer, Report
 
 FEATURES, CLASSES, ROWS = 8, 3, 96
 

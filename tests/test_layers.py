@@ -33,7 +33,7 @@ ROWS = [  # lowest first; a folder's base file lies below its sisters, its __ini
     {"eject.plan"},
     {"eject.callbacks", "eject.own_steps", "eject.header"},
     {"eject.stages"},
-    {"exported"},
+    {"exported", "check.copies", "check.data", "check.net", "check.trial"},
     {"eject", "export", "summary", "check", "saving"},
     {"model"},
     {"", "__main__"},
