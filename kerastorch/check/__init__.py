@@ -16,6 +16,10 @@ import torch
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from kerastorch.check.copies import copied_run, draw, kept_as_it_was
+from kerastorch.check.data import check_x, check_y
+from kerastorch.check.net import Watch, chance_loss, check_gradients, check_start, has_gradient, take_look
+from kerastorch.check.trial import check_memory, check_speed, check_trial, median, needs_closure, overfit
 from kerastorch.data import BatchSource, make_dataset, make_source, needs_unpack
 from kerastorch.device import preserved_random_state
 from kerastorch.errors import check_int
@@ -24,11 +28,6 @@ from kerastorch.run import Run
 
 if TYPE_CHECKING:
     from kerastorch.model import Model
-
-from kerastorch.check.copies import copied_run, draw, kept_as_it_was
-from kerastorch.check.data import check_x, check_y
-from kerastorch.check.net import Watch, chance_loss, check_gradients, check_start, has_gradient, take_look
-from kerastorch.check.trial import check_memory, check_speed, check_trial, median, needs_closure, overfit
 
 __all__ = ["check_model"]
 
