@@ -19,7 +19,7 @@ from kerastorch.losses import OutputLosses, is_torch_own, loss_scale
 _FIRST_LAYERS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.modules.batchnorm._BatchNorm)
 _SHAPELESS = (nn.Flatten, nn.Unflatten, nn.Identity, nn.Dropout)
 _RESHAPING = {"View", "UnsafeView", "Squeeze", "Unsqueeze", "Select", "Slice", "T", "Transpose", "Permute", "Expand"}
-_RESHAPING |= {"Clone", "ToCopy", "Cat", "Stack", "Index", "Gather"}  # in autograd's names, which leave values alone
+_RESHAPING |= {"Clone", "ToCopy", "Cat", "Stack", "Index", "Gather", "Clamp"}  # autograd's names: values stay
 
 
 def signature(x: Nested, y: Nested) -> tuple[object, ...]:
@@ -266,35 +266,38 @@ def _check_labels(name: str, scale: str, outputs: Tensor, y: Tensor) -> None:
 
 
 def _warn_of_activation(name: str, scale: str, net: nn.Module, outputs: Tensor, made_by: str) -> bool:
-    """Warn where what made the outputs, or, where that is not known, their values leave no doubt of an activation.
+    """Warn where an activation made the outputs of a loss that takes logits; return whether it warned.
 
-    Values from 0 to 1 alone do not: a bias may have brought logits there. Returns whether it warned.
+    Values alone tell nothing: a bias may bring logits between 0 and 1, and rows of weights may sum to 1.
     """
-    if not bool(((outputs >= 0) & (outputs <= 1)).all()):
+    if scale not in ("class_logits", "label_logits") or not bool(((outputs >= 0) & (outputs <= 1)).all()):
         return False
+    kind = (made_by or _kind_of(_last_layer(net))).lower()
+    if scale == "class_logits" and kind in ("exp", "div"):  # a softmax written out
+        sums = outputs.sum(1)
+        kind = "softmax" if torch.allclose(sums, torch.ones_like(sums), atol=1e-3) else kind
+    if kind not in ("softmax", "sigmoid", "hardsigmoid"):
+        return False
+    range_, instead = "all from 0 to 1", "use torch.nn.BCELoss()"
     if scale == "class_logits":
-        rows = outputs.movedim(1, -1).flatten(0, -2)
-        sums = rows.sum(1)
-        differ = bool((rows.amax(0) - rows.amin(0) > 0.01).any())
-        if torch.allclose(sums, torch.ones_like(sums), atol=1e-3) and (made_by == "Softmax" or differ):
-            warnings.warn(
-                f"the loss {name} takes logits, but the outputs look like a softmax's (rows sum to 1), which trains "
-                "slowly: remove the softmax from the net, or use 'nll' on a log_softmax.",
-                stacklevel=2,
-            )
-            return True
-    last = [module for module in net.modules() if not list(module.children())][-1:]
-    if not made_by and last and isinstance(last[0], nn.Sigmoid):
-        made_by = "Sigmoid"
-    if scale == "label_logits" and made_by in ("Sigmoid", "Hardsigmoid", "Softmax"):
-        kind = made_by.lower()
-        warnings.warn(
-            f"the loss {name} takes logits, but the outputs look like a {kind}'s (all from 0 to 1): remove the {kind} "
-            "from the net, or use torch.nn.BCELoss().",
-            stacklevel=2,
-        )
-        return True
-    return False
+        range_, instead = "rows sum to 1" if kind == "softmax" else range_, "use 'nll' on a log_softmax"
+    warnings.warn(
+        f"the loss {name} takes logits, but the outputs look like a {kind}'s ({range_}), which trains slowly: remove "
+        f"the {kind} from the net, or {instead}.",
+        stacklevel=2,
+    )
+    return True
+
+
+def _kind_of(layer: nn.Module) -> str:
+    return type(layer).__name__ if isinstance(layer, (nn.Softmax, nn.Sigmoid, nn.Hardsigmoid)) else ""
+
+
+def _last_layer(net: nn.Module) -> nn.Module:
+    """Return the layer that a Sequential calls last; the net itself where that is not known."""
+    while isinstance(net, nn.Sequential) and len(net):
+        net = net[-1]
+    return net
 
 
 def _made_by(outputs: Tensor) -> str:

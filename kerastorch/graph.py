@@ -240,13 +240,22 @@ class CompiledStep:
         buffers = dict(whole.named_buffers())
         names = {id(parameter): name for name, parameter in whole.named_parameters()}
         values = {names[id(parameter)]: parameter for parameter in parameters}
+        # Where a parameter is tied, each place of it, but a module in two places once: functional_call's own way, to go
+        # by names, would leave such a module changed.
+        places = {
+            place: names[id(parameter)]
+            for prefix, module in whole.named_modules()
+            for place, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False)
+            if names[id(parameter)] in values
+        }
         optimizer, raw_step = twin.twin, inspect.unwrap(type(twin.twin).step)
         autocast, device, dtype = run.mixed_precision is not None, run.device.type, run.autocast_dtype
         k, clip_norm, clip_value = run.gradient_accumulation_steps, run.clip_grad_norm, run.clip_grad_value
 
         def loss_of(values: Any, buffers: Any, x: Any, y: Any, sample_weight: Any) -> Any:
             with torch.autocast(device, dtype, enabled=autocast):
-                result = functional_call(whole, (values, buffers), (x, y, sample_weight))
+                given = {place: values[name] for place, name in places.items()}
+                result = functional_call(whole, (given, buffers), (x, y, sample_weight), tie_weights=False)
             return result[0] / k if k > 1 else result[0], result
 
         def step(x: Any, y: Any, sample_weight: Any) -> Result:
@@ -389,7 +398,8 @@ def _refuse(run: Run) -> None:
 
 
 def _no_graph(error: Exception, net: nn.Module) -> ValueError:
-    first = next(filter(None, str(error).splitlines()), type(error).__name__)
+    lines = [line for line in str(error).splitlines() if line]
+    first = " ".join(lines[: 2 if lines[:1] and lines[0].endswith("raised:") else 1]) or type(error).__name__
     calls = [call for call in PYTHON_CALL.findall(str(error)) if not call[0].startswith(NOT_THE_USERS)]
     place = f" At {calls[-1][0]}:{calls[-1][1]}, {calls[-1][2]}." if calls else ""
     has_mask = any(isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)) for module in net.modules())

@@ -33,12 +33,18 @@ def settle_shapes(net: nn.Module, forward: Callable[[], object], random_state: M
     random_state: as get_random_state() returns it; the present ones are put back.
     """
     training = {module: module.training for module in net.modules()}
-    buffers = [(buffer, buffer.clone()) for buffer in net.buffers() if not is_lazy(buffer)]
+    buffers = [
+        (module, name, buffer, buffer.clone())
+        for module in net.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if not is_lazy(buffer)
+    ]
     with preserved_random_state():
         set_random_state(random_state)
         net.eval()
         forward()
     for module, flag in training.items():
         module.training = flag
-    for buffer, value in buffers:
+    for module, name, buffer, value in buffers:
+        setattr(module, name, buffer)  # forward may have put another in its place
         buffer.copy_(value)

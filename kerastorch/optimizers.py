@@ -297,7 +297,8 @@ def check_clipping(net: nn.Module, optimizer: Optimizer, clip_grad_value: float 
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, layer in net.named_modules() if clip_grad_value is not None else ():
         for part, parameter in layer.named_parameters(prefix=name, recurse=False):
-            if getattr(layer, "sparse", False) is True and parameter.requires_grad and id(parameter) in held:
+            is_sparse = isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse
+            if is_sparse and parameter.requires_grad and id(parameter) in held:
                 raise sparse_clipping(part, clip_grad_value)
 
 

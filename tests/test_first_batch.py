@@ -459,6 +459,10 @@ APPLIED = {
         YES[:, 0],
     ),
     "softmax": (3, lambda z: (z / 1e4).softmax(1), "cross_entropy", CLASSES),
+    "sigmoid, clamped": (1, lambda z: z.sigmoid().clamp(1e-6, 1 - 1e-6), "bce_with_logits", YES),
+    "sigmoid under classes": (3, torch.sigmoid, "cross_entropy", CLASSES),
+    "softmax over rows": (3, lambda z: z.softmax(0), "cross_entropy", CLASSES),
+    "softmax, written out": (3, lambda z: z.exp() / z.exp().sum(1, keepdim=True), "cross_entropy", CLASSES),
     "softmax, by its logarithm": (3, lambda z: (4 * z).log_softmax(1).exp(), "cross_entropy", CLASSES),
 }
 
@@ -473,7 +477,7 @@ def test_an_activation_in_forward_warns_once_at_the_latest_in_training(case, eva
         if evaluates:
             model.evaluate(X, y, verbose=0)
         model.fit(X, y, validation_data=(X, y), verbose=0)
-    assert [str(one.message).count(f"like a {case.partition(',')[0]}'s") for one in caught] == [1]
+    assert [str(one.message).count(f"like a {case.split(',')[0].split()[0]}'s") for one in caught] == [1]
 
 
 def test_the_activation_of_a_compiled_net_is_known_by_its_layer(loop):
@@ -509,6 +513,53 @@ def test_a_bias_that_brings_logits_between_0_and_1_is_no_activation(case, loop):
         model = kt.Model(make(), device="cpu")
         model.compile(loss, "sgd", loop=loop)
         getattr(model, verb)(x, y, batch_size=64, verbose=0)
+
+
+class Gated(nn.Module):
+    """A score of its own, and a gate that is registered last."""
+
+    def __init__(self):
+        super().__init__()
+        self.score, self.gate, self.sigmoid = biased(1), nn.Linear(2, 1), nn.Sigmoid()
+
+    def forward(self, x):
+        return self.score(x) + 0 * self.sigmoid(self.gate(x))
+
+
+def identity_of(rows):
+    layer = nn.Linear(rows, rows)
+    nn.init.eye_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+MADE_OTHERWISE = {
+    "an identity of histograms": (lambda: identity_of(3), "cross_entropy", torch.rand(64, 3).softmax(1), CLASSES),
+    "an embedding of one-hot rows": (
+        lambda: nn.Embedding.from_pretrained(torch.eye(3), freeze=False),
+        "cross_entropy",
+        torch.arange(64) % 3,
+        CLASSES,
+    ),
+    "a gate registered last": (Gated, "bce_with_logits", torch.linspace(-1, 1, 128).reshape(64, 2), torch.ones(64, 1)),
+}
+
+
+@pytest.mark.parametrize("case", MADE_OTHERWISE)
+@pytest.mark.parametrize("verb", ["fit", "evaluate"])
+def test_values_that_only_look_like_an_activation_s_are_let_through(case, verb, loop):
+    make, loss, x, y = MADE_OTHERWISE[case]
+    model = kt.Model(make(), device="cpu")
+    model.compile(loss, "sgd", loop=loop)
+    getattr(model, verb)(x, (torch.arange(64) % 3) if y is CLASSES else y, batch_size=64, verbose=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_softmax_in_short_floats_is_seen(dtype, loop):
+    model = kt.Model(ending_in(nn.Softmax(1), 3)().to(dtype), device="cpu")
+    model.compile("cross_entropy", lambda parameters: torch.optim.SGD(parameters, lr=1e-3), loop=loop)
+    with pytest.warns(UserWarning, match="like a softmax's"):
+        model.fit(X.to(dtype), CLASSES, verbose=0)
 
 
 @pytest.mark.parametrize("rows", [32, 64])

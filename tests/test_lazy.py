@@ -357,3 +357,22 @@ def test_a_step_of_ones_own_settles_the_shapes_as_it_calls_the_parts(optimizer, 
     losses = model.fit(X, X, epochs=5, verbose=0, callbacks=callbacks).history["loss"]
     assert losses[-1] < losses[0]
     assert not lazy_names(model.net)
+
+
+class Replaces(nn.Module):
+    """Counts its calls in a buffer that is another tensor each time."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return x
+
+
+def test_a_buffer_that_forward_replaces_is_put_back_too():
+    model = kt.Model(nn.Sequential(nn.LazyLinear(3), Replaces()), device="cpu")
+    model.compile("cross_entropy", "sgd")
+    model.train_on_batch(torch.randn(4, 2), torch.arange(4) % 3)
+    assert model.net[1].calls == 1
