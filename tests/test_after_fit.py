@@ -176,7 +176,7 @@ except ImportError as error:
     print(error)
 """
     command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}){code}"]
-    lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.splitlines()
     assert lines[0] == "['accuracy', 'loss']"
     assert "nms does not exist" in lines[1]
     assert "install the torchvision that matches" in lines[1]

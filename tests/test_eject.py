@@ -674,9 +674,16 @@ def load(path):
     return content.get("model_state_dict", content)
 
 
+RUNS = [(name, style) for name, case in CASES.items() for style in case.styles]
+# Each case in one style, and the styles by turns; all of them in the slow part.
+QUICK = {(name, case.styles[i % len(case.styles)]) for i, (name, case) in enumerate(CASES.items())}
+
+
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(request, tmp_path_factory):
     """Each case trained by fit here and, from its ejected file, in one child: {(case, style): ...}."""
+    asked = [item.callspec.params for item in request.session.items if item.name.startswith("test_the_ejected_file_eq")]
+    runs = QUICK | {(params["name"], params["style"]) for params in asked}
     torch.set_num_threads(1)
     root = tmp_path_factory.mktemp("ejected")
     fits, cases, texts = {}, {}, {}
@@ -689,19 +696,19 @@ def trained(tmp_path_factory):
         for style in case.styles:
             path = root / f"{folder.name}_{style}.py"
             texts[name, style] = model.eject(style, path)
-            cases[name, style] = case.for_child(path)
+            if (name, style) in runs:
+                cases[name, style] = case.for_child(path)
     torch.save(cases, root / "cases.pt")
     (root / "child.py.txt").write_text(CHILD)
     command = [sys.executable, str(root / "child.py.txt"), str(root / "cases.pt"), str(root / "results.pt")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return {"root": root, "fits": fits, "texts": texts, "results": torch.load(root / "results.pt")}
 
 
-RUNS = [(name, style) for name, case in CASES.items() for style in case.styles]
-
-
-@pytest.mark.parametrize(("name", "style"), RUNS)
+@pytest.mark.parametrize(
+    ("name", "style"), [pytest.param(*run, marks=() if run in QUICK else pytest.mark.slow) for run in RUNS]
+)
 def test_the_ejected_file_equals_fit(trained, name, style):
     weights, history, _ = trained["fits"][name]
     result = trained["results"][name, style]
@@ -737,7 +744,7 @@ def test_the_cases_differ_from_the_plain_one(trained):
 def test_ejected_files_are_lint_free_and_formatted(trained):
     for command in ("check", "format --check"):
         arguments = [*command.split(), "--no-cache", "--config", str(ROOT / "pyproject.toml"), str(trained["root"])]
-        done = subprocess.run([sys.executable, "-m", "ruff", *arguments], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-m", "ruff", *arguments], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stdout
 
 
@@ -749,7 +756,7 @@ def test_ejected_files_pass_mypy(trained, has_own_steps, tmp_path):
     files = [str(trained["root"] / f"{CASES[name].folder.name}_{style}.py") for name, style in runs]
     strictness = [] if has_own_steps else ["--strict", "--untyped-calls-exclude", "torch"]
     command = [sys.executable, "-m", "mypy", "--config-file", "", "--cache-dir", str(tmp_path), *strictness, *files]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout
 
 
@@ -803,7 +810,7 @@ def test_a_long_path_is_broken_into_lines(tmp_path):
         str(ROOT / "pyproject.toml"),
         str(tmp_path),
     ]
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert subprocess.run(command, capture_output=True, timeout=120).returncode == 0
     space = {}
     exec(text.partition("def save")[0], space)
     assert space["CHECKPOINT_PATH"] == path

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kerastorch import file_lock
 from kerastorch.checkpoint import CheckpointWriter
 from kerastorch.file_lock import FileLock
 
@@ -39,7 +40,8 @@ def test_a_forked_child_that_outlives_its_parent_holds_nothing(tmp_path: Path) -
     code = """
         import os, signal, sys, time
         from pathlib import Path
-        from kerastorch.file_lock import FileLock
+        sys.path.append(sys.argv[2])  # without kerastorch, whose torch would take seconds
+        from file_lock import FileLock
 
         lock = FileLock(Path(sys.argv[1]))
         child = os.fork()
@@ -50,11 +52,12 @@ def test_a_forked_child_that_outlives_its_parent_holds_nothing(tmp_path: Path) -
         os.kill(os.getpid(), signal.SIGKILL)
     """
     arguments = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "a.lock")]
+    arguments.append(str(Path(file_lock.__file__).parent))
     with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         child = int(process.stdout.readline())
         try:
-            process.wait()
+            process.wait(60)
             assert (tmp_path / "a.lock").exists()
             FileLock(tmp_path / "a.lock").release()
             os.kill(child, 0)  # it lives still

@@ -27,6 +27,17 @@ def one_thread():
     torch._dynamo.reset()
 
 
+@pytest.fixture
+def only_traced(monkeypatch):
+    """Run the traced graph as torch would, without a compiler of C++, which takes seconds for each."""
+
+    def compile_(function, *, fullgraph, dynamic, options):
+        return plain_compile(function, fullgraph=fullgraph, dynamic=dynamic, backend="aot_eager")
+
+    plain_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compile_)
+
+
 def make_mlp():
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
 
@@ -139,19 +150,30 @@ CASES = {
 }
 
 
+COMPILED = ("mlp", "batch norm, dropout", "conv", "partial", "bf16", "accumulation, clipping")
+
+
 @slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", COMPILED)
 def test_the_graph_loop_equals_the_eager_loop_within_rounding(name):
     assert_alike(train("function", **CASES[name]), train("graph", **CASES[name]))
 
 
+@pytest.mark.usefixtures("only_traced")
+@pytest.mark.parametrize("name", ["mlp", *(pytest.param(name, marks=slow) for name in CASES if name not in COMPILED)])
+def test_the_traced_step_equals_the_eager_one_within_rounding(name):
+    assert_alike(train("function", **CASES[name]), train("graph", **CASES[name]))
+
+
 @slow
+@pytest.mark.usefixtures("only_traced")
 @pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in ("sparse_adam", "lbfgs", "adam")])
 def test_every_optimizer_is_traced(name):
     assert_alike(train("function", optimizer=name), train("graph", optimizer=name), tolerance=1e-4)
 
 
 @slow
+@pytest.mark.usefixtures("only_traced")
 def test_momentum_and_nesterov_are_traced():
     def make(parameters):
         return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
@@ -160,6 +182,7 @@ def test_momentum_and_nesterov_are_traced():
 
 
 @slow
+@pytest.mark.usefixtures("only_traced")
 def test_callbacks_see_what_they_see_in_an_eager_loop():
     seen = {}
 
@@ -178,6 +201,7 @@ def test_callbacks_see_what_they_see_in_an_eager_loop():
 
 
 @slow
+@pytest.mark.usefixtures("only_traced")
 def test_nan_ends_the_run_as_in_an_eager_loop():
     x = X.clone()
     x[40] = math.nan
@@ -211,6 +235,7 @@ def test_a_resumed_run_ends_with_the_same_weights_to_the_bit(tmp_path, save_freq
 
 
 @slow
+@pytest.mark.usefixtures("only_traced")
 def test_an_eager_loop_goes_on_after_a_graph_loop():
     model, _ = train("graph")
     assert all(parameter.grad is None for parameter in model.net.parameters())
@@ -220,6 +245,7 @@ def test_an_eager_loop_goes_on_after_a_graph_loop():
 
 
 @slow
+@pytest.mark.usefixtures("only_traced")
 def test_one_graph_is_compiled_whatever_the_rate_mode_and_last_batch(monkeypatch):
     made = []
     compile_it = CompiledStep._compile
@@ -237,6 +263,7 @@ def test_one_graph_is_compiled_whatever_the_rate_mode_and_last_batch(monkeypatch
 
 
 @slow
+@pytest.mark.usefixtures("only_traced")
 def test_a_part_frozen_between_epochs_stays_as_it_is():
     class Freeze(Callback):
         def on_epoch_end(self, epoch, logs=None):
@@ -259,6 +286,7 @@ class Branching(nn.Module):
 
 
 @slow
+@pytest.mark.usefixtures("only_traced")
 def test_a_net_that_counts_its_calls_is_refused():
     with pytest.raises(ValueError, match="the step is another each time, as where the net counts its calls"):
         train("graph", "counting", epochs=2)
@@ -272,6 +300,7 @@ def test_control_flow_that_hangs_on_data_is_refused_with_the_way_out(monkeypatch
 
 
 @slow
+@pytest.mark.usefixtures("only_traced")
 def test_an_option_that_changes_with_every_step_is_refused_by_name():
     with pytest.raises(ValueError, match=r"the optimizer's betas changes again and again.*change lr alone"):
         train("graph", lr_scheduler="one_cycle", lr_scheduler_interval="step")
@@ -311,6 +340,7 @@ def test_evaluate_and_predict_are_those_of_the_other_loops():
 
 
 @slow
+@pytest.mark.usefixtures("only_traced")
 def test_a_later_fit_goes_on_with_the_graph_and_equals_the_eager_loop(monkeypatch):
     made = []
     compile_it = CompiledStep._compile
@@ -329,6 +359,7 @@ def test_a_later_fit_goes_on_with_the_graph_and_equals_the_eager_loop(monkeypatc
 
 
 @slow
+@pytest.mark.usefixtures("only_traced")
 def test_several_outputs_have_their_losses_summed_and_logged():
     class TwoHeads(nn.Module):
         def __init__(self):

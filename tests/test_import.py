@@ -1,5 +1,6 @@
 """import kerastorch is light, and works where torchvision is absent."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,17 +11,26 @@ HEAVY = ["torchmetrics", "torchvision", "matplotlib", "pandas", "IPython", "tqdm
 
 
 def run_child(code: str) -> str:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
 
 
-def test_import_loads_no_heavy_package_beyond_torch():
+@functools.cache
+def find_loaded():
+    """Return what is imported, beyond torch and its own, by kerastorch, and then by its modules for curves."""
     code = """
 import json, sys, torch
 before = set(sys.modules)
 import kerastorch
 print(json.dumps(sorted(set(sys.modules) - before)))
+import kerastorch.plots, kerastorch.history
+print(json.dumps(sorted(set(sys.modules) - before)))
 """
-    loaded = json.loads(run_child(code))
+    return [json.loads(line) for line in run_child(code).splitlines()]
+
+
+def test_import_loads_no_heavy_package_beyond_torch():
+    loaded, _ = find_loaded()
     assert "kerastorch.model" in loaded
     found = [name for name in loaded if any(name == heavy or name.startswith(heavy + ".") for heavy in HEAVY)]
     assert found == []
@@ -46,5 +56,11 @@ print(len(x_train))
 
 
 def test_importing_tqdm_is_left_to_the_first_bar():
-    code = "import sys, torch; before = set(sys.modules); import kerastorch; print(set(sys.modules) - before)"
-    assert "'tqdm.auto'" not in run_child(code)
+    loaded, _ = find_loaded()
+    assert "tqdm.auto" not in loaded
+
+
+def test_matplotlib_is_not_loaded_before_a_picture_is_asked_for():
+    _, loaded = find_loaded()
+    assert "kerastorch.plots" in loaded
+    assert "matplotlib" not in loaded

@@ -27,6 +27,10 @@ from torch.utils.data import (
 import kerastorch as kt
 from kerastorch.loops import LOOPS
 
+# All loops agree in test_loops.py; where they are not the point, the others are for the slow part.
+mostly_one_loop = pytest.mark.parametrize(
+    "loop", ["script", *(pytest.param(loop, marks=pytest.mark.slow) for loop in LOOPS if loop != "script")]
+)
 ROWS, EPOCHS = 11, 2  # batches of 4, 4 and 3
 _draw = torch.Generator().manual_seed(0)
 X = torch.randn(ROWS, 3, generator=_draw)
@@ -484,7 +488,7 @@ def train_by_hand(kind: Kind, net: nn.Module) -> list[float]:
     return losses
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@mostly_one_loop
 @pytest.mark.parametrize("name", KINDS)
 def test_fit_on_every_kind_of_input_is_the_loop_by_hand_to_the_bit(name: str, loop: str) -> None:
     kind = KINDS[name]

@@ -25,6 +25,7 @@ ROWS = [  # lowest first; a folder's base file lies below its sisters, its __ini
     {"callbacks.*"},
     {"callbacks"},
     {"loops.loop"},
+    {"graph_scalars"},
     {"graph", "loops.*"},
     {"loops.graph_loop"},
     {"loops"},

@@ -17,6 +17,10 @@ import kerastorch as kt
 from kerastorch.callbacks import EarlyStopping, LambdaCallback, ModelCheckpoint
 from kerastorch.loops import LOOPS
 
+# All loops agree in test_loops.py; where they are not the point, the others are for the slow part.
+mostly_one_loop = pytest.mark.parametrize(
+    "loop", ["script", *(pytest.param(loop, marks=pytest.mark.slow) for loop in LOOPS if loop != "script")]
+)
 ROWS, SIZE, EPOCHS = 11, 4, 2
 _draw = torch.Generator().manual_seed(0)
 X = torch.randn(ROWS, 3, generator=_draw)
@@ -122,7 +126,7 @@ LOSS_WEIGHTS: dict[str, tuple[Any, Any, tuple[float, float]]] = {  # given for a
 }
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@mostly_one_loop
 @pytest.mark.parametrize("form", BUILD)
 @pytest.mark.parametrize("case", LOSS_WEIGHTS)
 def test_several_losses_train_as_their_weighted_sum_by_hand_to_the_bit(case: str, form: str, loop: str) -> None:

@@ -82,6 +82,7 @@ def gan_figures(names):
     return near.float().mean().item(), counts.min().item() / len(distance)
 
 
+@pytest.mark.slow
 def test_the_gan_covers_every_mode_and_stays_near_them():
     names = run_cell("GAN")
     near, smallest = gan_figures(names)
@@ -128,6 +129,7 @@ def test_contrastive_learning_with_wrong_partners_separates_nothing():
     assert names["accuracy_after"] < 0.6
 
 
+@pytest.mark.slow
 def test_the_student_agrees_with_a_teacher_that_stays_as_it_was():
     names = run_cell("Distillation")
     student, history = names["student"], names["student_history"].history
@@ -150,6 +152,7 @@ def test_a_student_that_is_not_told_learns_nothing():
     assert names["student"].evaluate(names["x_test"], names["y_test"], verbose=0)["accuracy"] < 0.5
 
 
+@pytest.mark.slow
 def test_truncated_bptt_remembers_over_chunks():
     names = run_cell("TruncatedBPTT")
     assert names["latch_accuracy"] > 0.98

@@ -1,6 +1,5 @@
 """The curves: a panel a name, training and validation in it, epochs counted from 1."""
 
-import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -86,8 +85,3 @@ def test_missing_matplotlib_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "kerastorch\[plot\]"'):
         plot_curves([0], [{"loss": 1.0}])
-
-
-def test_matplotlib_is_not_loaded_before_a_picture_is_asked_for() -> None:
-    code = "import sys, kerastorch.plots, kerastorch.history; sys.exit('matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -15,6 +15,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 import kerastorch as kt
 from kerastorch.loops import LOOPS
 
+# All loops agree in test_loops.py; where they are not the point, the others are for the slow part.
+mostly_one_loop = pytest.mark.parametrize(
+    "loop", ["script", *(pytest.param(loop, marks=pytest.mark.slow) for loop in LOOPS if loop != "script")]
+)
 N = 11
 X = torch.linspace(-2, 2, N * 2).reshape(N, 2).sin()
 Pair = namedtuple("Pair", ["mean", "rows"])
@@ -108,7 +112,7 @@ DATA = {
 }
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@mostly_one_loop
 @pytest.mark.parametrize("form", DATA)
 def test_rows_come_in_order_with_a_short_last_batch(form, loop):
     model = make_model(loop=loop)
@@ -215,7 +219,7 @@ def test_a_batch_without_rows_gives_an_empty_array_of_the_right_width():
 # ---- predict_iter ----
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@mostly_one_loop
 @pytest.mark.parametrize("form", DATA)
 def test_streamed_batches_joined_are_predict_s(form, loop):
     model = make_model(loop=loop)

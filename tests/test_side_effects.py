@@ -202,29 +202,45 @@ def test_what_is_added_changes_neither_weights_nor_random_streams(kind, name, tm
     assert_same(setup.fit(*CALLBACKS[name](setup, tmp_path)), by_hand(kind))
 
 
-@pytest.mark.parametrize(("kind", "name"), [("workers", "checkpoints"), ("persistent", "evaluate the training loader")])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("workers", "checkpoints"),
+        *(
+            pytest.param("workers", name, marks=pytest.mark.slow)
+            for name in CALLBACKS
+            if name not in ("checkpoints", *COSTLY)
+        ),
+        *(  # the kind of workers matters to those alone that read a loader, or keep its position
+            pytest.param(kind, name, marks=pytest.mark.slow)
+            for kind in WITH_WORKERS[1:]
+            for name in CALLBACKS
+            if name in ("none", "checkpoints", "swa") or "loader" in name
+        ),
+    ],
+)
 def test_what_is_added_changes_nothing_where_workers_draw(kind, name, tmp_path):
     setup = Setup(kind)
     assert_same(setup.fit(*CALLBACKS[name](setup, tmp_path)), by_hand(kind))
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(
+    "loop", ["script", *(pytest.param(loop, marks=pytest.mark.slow) for loop in LOOPS if loop != "script")]
+)
 def test_all_of_it_together_changes_nothing(loop, tmp_path):
     setup = Setup("own generator", loop)
     assert_same(setup.fit(*everything(setup, tmp_path), verbose=2), by_hand("own generator"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", WITH_WORKERS)
-@pytest.mark.parametrize("name", [name for name in CALLBACKS if name not in COSTLY])
-def test_what_is_added_changes_nothing_where_workers_draw_for_every_callback(name, kind, tmp_path):
-    setup = Setup(kind)
-    assert_same(setup.fit(*CALLBACKS[name](setup, tmp_path)), by_hand(kind))
-
-
 @pytest.mark.parametrize(  # a checkpointing callback reads a loader through a copy, whose workers are its fit's
     ("kind", "saves"),
-    [("plain", False), ("plain", True), ("own generator", False), ("own generator", True), ("persistent", False)],
+    [
+        ("plain", False),
+        ("plain", True),
+        ("own generator", False),
+        ("own generator", True),
+        pytest.param("persistent", False, marks=pytest.mark.slow),
+    ],
 )
 def test_two_fits_are_one_loop_by_hand_twice_as_long(kind, saves, tmp_path):
     setup = Setup(kind)

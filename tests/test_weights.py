@@ -23,6 +23,10 @@ import kerastorch as kt
 from kerastorch.callbacks import LambdaCallback
 from kerastorch.loops import LOOPS
 
+# All loops agree in test_loops.py; where they are not the point, the others are for the slow part.
+mostly_one_loop = pytest.mark.parametrize(
+    "loop", ["script", *(pytest.param(loop, marks=pytest.mark.slow) for loop in LOOPS if loop != "script")]
+)
 N, BATCH = 10, 4
 X = torch.linspace(-1, 1, N * 3).reshape(N, 3).cos()
 CLASSES = torch.arange(N) % 3
@@ -149,7 +153,7 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@mostly_one_loop
 @pytest.mark.parametrize("form", FORMS)
 def test_sample_weight_trains_to_the_bit_as_by_hand(form, loop):
     arguments, order, compile_arguments = FORMS[form]()
@@ -219,7 +223,7 @@ def test_evaluate_and_the_batch_verbs_take_weights(loop):
     assert all(torch.equal(model.net.state_dict()[name], value) for name, value in weights.items())
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@mostly_one_loop
 @pytest.mark.parametrize("form", ["Dataset, shuffled", "loader, shuffled", "loader, workers"])
 def test_weights_leave_batches_and_random_state_as_they_are_without(form, loop):
     def train(**weights):

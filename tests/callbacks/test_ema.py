@@ -20,6 +20,10 @@ import kerastorch as kt
 from kerastorch.callbacks import EMA, SWA, EarlyStopping, LambdaCallback, ModelCheckpoint
 from kerastorch.loops import LOOPS, ClassLoop
 
+# All loops agree in test_loops.py; where they are not the point, the others are for the slow part.
+mostly_one_loop = pytest.mark.parametrize(
+    "loop", ["script", *(pytest.param(loop, marks=pytest.mark.slow) for loop in LOOPS if loop != "script")]
+)
 DECAY, EPOCHS = 0.8, 3
 Weights = dict[str, Tensor]
 
@@ -171,7 +175,7 @@ def train_by_hand(
 # ---- the average ----
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@mostly_one_loop
 @pytest.mark.parametrize("name", NETS)
 def test_average_and_training_weights_equal_a_hand_written_loop_to_the_bit(loop: str, name: str) -> None:
     by_hand = make_net(name)
@@ -539,10 +543,12 @@ def run_in_order(order: tuple[int, ...], folder: Path, keep: bool) -> tuple[Any,
     return history.history, model.net.state_dict(), best["model_state_dict"], last["model_state_dict"]
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_every_order_of_callbacks_gives_the_same_history_weights_and_files(tmp_path: Path, keep: bool) -> None:
+@pytest.mark.parametrize(("keep", "orders"), [(False, ORDERS), (True, ORDERS[::5])], ids=["trained", "averaged"])
+def test_every_order_of_callbacks_gives_the_same_history_weights_and_files(
+    tmp_path: Path, keep: bool, orders: list[tuple[int, ...]]
+) -> None:
     results = []
-    for i, order in enumerate(ORDERS):
+    for i, order in enumerate(orders):
         folder = tmp_path / str(i)
         folder.mkdir()
         results.append(run_in_order(order, folder, keep))

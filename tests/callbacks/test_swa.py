@@ -20,6 +20,10 @@ from kerastorch.callbacks import SWA, EarlyStopping, LambdaCallback, ModelCheckp
 from kerastorch.device import get_random_state
 from kerastorch.loops import LOOPS
 
+# All loops agree in test_loops.py; where they are not the point, the others are for the slow part.
+mostly_one_loop = pytest.mark.parametrize(
+    "loop", ["script", *(pytest.param(loop, marks=pytest.mark.slow) for loop in LOOPS if loop != "script")]
+)
 EPOCHS = 4
 
 
@@ -118,7 +122,7 @@ def train_by_hand(net: nn.Module, start: int, epochs: int = EPOCHS) -> tuple[nn.
 
 @pytest.mark.parametrize("start", [0, 2])
 @pytest.mark.parametrize("name", NETS)
-@pytest.mark.parametrize("loop", LOOPS)
+@mostly_one_loop
 def test_average_training_weights_and_validation_equal_torchs_recipe_to_the_bit(
     loop: str, name: str, start: int
 ) -> None:
@@ -465,8 +469,14 @@ LOADERS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("steps", [None, 4])
-@pytest.mark.parametrize("workers", LOADERS)
+@pytest.mark.parametrize(
+    ("workers", "steps"),
+    [
+        ("persistent workers", 4),
+        *(pytest.param("workers", steps, marks=pytest.mark.slow) for steps in (None, 4)),
+        pytest.param("persistent workers", None, marks=pytest.mark.slow),
+    ],
+)
 def test_with_workers_average_and_training_are_as_without_workers(workers: str, steps: int | None) -> None:
     results = []
     for arguments in ({}, LOADERS[workers]):
@@ -486,12 +496,11 @@ def plain_norm() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 3))
 
 
-@pytest.mark.parametrize("cls", [DataLoader])
-@pytest.mark.parametrize("steps", [None, 4])
-def test_persistent_workers_read_the_same_training_batches_as_without_swa(cls: Any, steps: int | None) -> None:
+@pytest.mark.parametrize("steps", [None, pytest.param(4, marks=pytest.mark.slow)])
+def test_persistent_workers_read_the_same_training_batches_as_without_swa(steps: int | None) -> None:
     losses = []
     for callbacks in (None, SWA(0, keep_average=False)):
-        train = cls(TensorDataset(*tensors()), 5, num_workers=2, persistent_workers=True)
+        train = DataLoader(TensorDataset(*tensors()), 5, num_workers=2, persistent_workers=True)
         model = make_model(plain_norm())
         history = fit(model, callbacks, epochs=3, train=train, steps_per_epoch=steps, validation_data=None)
         losses.append(history.history["loss"])
@@ -520,7 +529,7 @@ def test_the_states_that_fit_leaves_are_those_of_a_fit_without_checkpoints_too(t
 
 
 @pytest.mark.parametrize("nth", [1, 4, 6])
-@pytest.mark.parametrize("loop", LOOPS)
+@mostly_one_loop
 def test_an_interrupt_cuts_the_statistics_at_a_batch_and_the_resumed_run_ends_the_same(
     loop: str, nth: int, tmp_path: Path
 ) -> None:

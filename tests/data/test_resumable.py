@@ -104,7 +104,7 @@ LOADERS: dict[str, Callable[[], dict[str, Any]]] = {
     "one batch": lambda: {"batch_size": 50, "shuffle": True},
 }
 WORKERS = [0, pytest.param(2, id="2 workers")]
-OFTEN = ("shuffled", "loader's generator", "replacement, generator")  # the others with workers: in the slow part
+OFTEN = ("shuffled", "replacement, generator")  # the others with workers: in the slow part
 KINDS = [(kind, 0) for kind in LOADERS] + [
     pytest.param(kind, 2, marks=() if kind in OFTEN else pytest.mark.slow) for kind in LOADERS
 ]
@@ -193,14 +193,12 @@ def test_a_resumable_loader_gives_the_same_batches_and_leaves_the_same_random_st
     assert_same_state(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize("persists", [False, True])
-@pytest.mark.parametrize("steps", [None, 4])
-@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize(
+    ("workers", "steps", "persists"), [(0, None, False), (0, 4, False), (2, None, False), (2, 4, True)]
+)
 def test_keeping_the_position_changes_neither_batches_nor_random_states(
     workers: int, steps: int | None, persists: bool
 ) -> None:
-    if persists and not workers:
-        pytest.skip("only workers persist")
     results = []
     for keeps in (False, True):
         seed()
@@ -242,6 +240,9 @@ def test_only_plain_loaders_of_batches_over_map_style_datasets_can_be_resumed() 
 # ---- going on inside a pass ----
 
 
+PLACES = [(0, 2), (0, 7), (1, 3)]  # epochs behind it, batches done
+
+
 def assert_goes_on(make: Callable[[], DataLoader[Any]], after: int, epochs: int = 0) -> None:
     """A pass saved inside, in a run that has `epochs` behind it, goes on, and so does the next one, to the bit."""
     seed()
@@ -259,19 +260,31 @@ def assert_goes_on(make: Callable[[], DataLoader[Any]], after: int, epochs: int 
     assert_same_state(get_random_state(*resumed.generators), expected_state)
 
 
-@pytest.mark.parametrize(("epochs", "after"), [(0, 2), (0, 7), (1, 3)])
-@pytest.mark.parametrize(("kind", "workers"), KINDS)
+@pytest.mark.parametrize(
+    ("kind", "workers", "epochs", "after"),
+    [
+        *((kind, 0, epochs, after) for kind in LOADERS if kind != "one batch" for epochs, after in PLACES),
+        ("shuffled", 2, 0, 7),
+        ("replacement, generator", 2, 1, 3),
+        *(
+            pytest.param(kind, 2, 0, 7, marks=pytest.mark.slow)
+            for kind in LOADERS
+            if kind not in ("shuffled", "one batch")
+        ),
+    ],
+)
 def test_the_rest_of_a_pass_and_the_next_one_are_those_of_the_uninterrupted_run(
     kind: str, workers: int, epochs: int, after: int
 ) -> None:
-    if kind == "one batch":
-        pytest.skip("no rest")
     assert_goes_on(lambda: make_loader(kind, workers), after, epochs)
 
 
-@pytest.mark.parametrize("epochs", [0, 1])
+@pytest.mark.parametrize("epochs", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_worker_that_has_not_given_a_batch_in_this_pass_is_not_set_to_its_state_in_the_last_one(epochs: int) -> None:
     assert_goes_on(lambda: make_loader("shuffled", 2), 1, epochs)
+
+
+STEPS = [(3, 1, 0), (8, 5, 1), (25, 23, 0)]
 
 
 @pytest.mark.parametrize("workers", WORKERS)
@@ -293,14 +306,19 @@ def test_a_batch_sampler_that_draws_in_iter_itself_gives_the_same_batches_when_t
     assert same(*results)
 
 
-@pytest.mark.parametrize(("steps", "after", "epochs"), [(3, 1, 0), (8, 5, 1), (25, 23, 0)])
-@pytest.mark.parametrize("persists", [False, True])
-@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize(
+    ("workers", "persists", "steps", "after", "epochs"),
+    [
+        *((0, False, *place) for place in STEPS),
+        (2, False, *STEPS[2]),
+        (2, True, *STEPS[1]),
+        *(pytest.param(2, False, *place, marks=pytest.mark.slow) for place in STEPS[:2]),
+        *(pytest.param(2, True, *place, marks=pytest.mark.slow) for place in STEPS[::2]),
+    ],
+)
 def test_steps_that_carry_on_between_epochs_go_on_where_they_stood(
     workers: int, persists: bool, steps: int, after: int, epochs: int
 ) -> None:
-    if persists and not workers:
-        pytest.skip("only workers persist")
     arguments = {"persistent_workers": persists}
     seed()
     whole = source_of(make_loader("shuffled", workers, **arguments))

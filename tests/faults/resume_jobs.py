@@ -4,6 +4,7 @@ start() is one life of such a script, everything made anew. Run as a program thi
 that it reads from stdin, so that many real processes can be killed for the price of one import of torch.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -339,7 +340,8 @@ class Forks:
     def __init__(self) -> None:
         known = "ignore:Detected call of `lr_scheduler.step()` before"  # test_t2_dead_at_any_step asks for its absence
         command = [sys.executable, "-W", "error", "-W", known, __file__]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self.process = subprocess.Popen(command, start_new_session=True, **pipes)
 
     def __call__(self, folder: Path, **order: Any) -> int:
         """Return the exit status of the job, -9 where it was killed."""
@@ -349,15 +351,19 @@ class Forks:
         json.dump({"folder": str(folder), "seed": 0, **order}, self.process.stdin)
         self.process.stdin.write("\n")
         self.process.stdin.flush()
+        if not select.select([self.process.stdout], [], [], 60)[0]:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            raise TimeoutError(f"no end of {order} in a minute")
         return int(self.process.stdout.readline())
 
     def close(self) -> None:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write("null\n")  # its end alone would not do: workers that were forked here hold it open
-        self.process.stdin.close()
-        assert self.process.wait(60) == 0
+        with contextlib.suppress(BrokenPipeError):  # it was killed
+            self.process.stdin.write("null\n")  # its end alone would not do: workers that were forked here hold it open
+            self.process.stdin.close()
         self.process.stdout.close()
+        assert self.process.wait(60) == 0
 
 
 def orders() -> Iterator[dict[str, Any]]:

@@ -3,7 +3,6 @@
 import importlib.util
 import random
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -24,13 +23,6 @@ def load_jobs() -> ModuleType:
 
 jobs = load_jobs()
 KILLED = -9
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Any]:
-    server = jobs.Forks()
-    yield server
-    server.close()
 
 
 @pytest.fixture(scope="module")
@@ -79,19 +71,18 @@ SAVERS: dict[str, tuple[dict[str, Any], int]] = {
 }
 
 
-QUICK = ("two backups",)
-QUICK_AND_SLOW = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in SAVERS]
+QUICK_AND_SLOW = [("two backups", 5), *(pytest.param(name, 20, marks=pytest.mark.slow) for name in SAVERS)]
 
 
-@pytest.mark.parametrize("saver", QUICK_AND_SLOW)
-def test_killed_20_times_at_random_moments_a_run_ends_the_same_with_no_more_files_than_it_keeps(
-    saver: str, forks: Any, straight: Any, tmp_path: Path
+@pytest.mark.parametrize(("saver", "times"), QUICK_AND_SLOW)
+def test_killed_again_and_again_at_random_moments_a_run_ends_the_same_with_no_more_files_than_it_keeps(
+    saver: str, times: int, forks: Any, straight: Any, tmp_path: Path
 ) -> None:
     """The parent sends SIGKILL some milliseconds after the first, second or third step of each life begins."""
     moments = random.Random(saver)
     settings, most = SAVERS[saver]
     order = {"job": "long", "save_freq": 1, **settings}
-    for life in range(20):
+    for life in range(times):
         after = [moments.randint(1, 3), moments.uniform(0, 0.012)]
         assert forks(tmp_path, seed=0 if life < 2 else life, after=after, **order) == KILLED
     assert forks(tmp_path, **order) == 0
@@ -100,15 +91,15 @@ def test_killed_20_times_at_random_moments_a_run_ends_the_same_with_no_more_file
     assert len(left_in(tmp_path)) <= most
 
 
-@pytest.mark.parametrize("saver", QUICK_AND_SLOW)
-def test_killed_20_times_inside_a_write_a_run_ends_the_same_with_no_more_files_than_it_keeps(
-    saver: str, forks: Any, straight: Any, tmp_path: Path
+@pytest.mark.parametrize(("saver", "times"), QUICK_AND_SLOW)
+def test_killed_again_and_again_inside_a_write_a_run_ends_the_same_with_no_more_files_than_it_keeps(
+    saver: str, times: int, forks: Any, straight: Any, tmp_path: Path
 ) -> None:
     """Each life dies half way in a buffer, or before it syncs, renames or deletes, at a place that chance draws."""
     moments = random.Random(saver)
     settings, most = SAVERS[saver]
     order = {"job": "long", "save_freq": 1, **settings}
-    for life in range(20):
+    for life in range(times):
         inside = (moments.randint(1, 500), "buffer") if life % 2 else (moments.randint(1, 9), "call")
         assert forks(tmp_path, inside=inside, **order) == KILLED
     assert forks(tmp_path, **order) == 0

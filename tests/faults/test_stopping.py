@@ -5,6 +5,7 @@ import functools
 import multiprocessing
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -191,11 +192,12 @@ def plain_handlers():
 # ---- the first signal: where the run ends, and what is called ----
 
 
-@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.parametrize(
+    ("loop", "hook"), [(loop, "on_train_batch_end") for loop in LOOPS] + [("script", "on_train_batch_begin")]
+)
 @pytest.mark.parametrize(
     ("k", "at_batch", "trained"), [(1, 0, 1), (1, 2, 3), (1, 5, 6), (4, 0, 4), (4, 3, 4), (4, 4, 6), (9, 1, 6)]
 )
-@pytest.mark.parametrize("hook", ["on_train_batch_begin", "on_train_batch_end"])
 def test_training_goes_on_to_the_next_optimizer_step_and_no_further(hook, k, at_batch, trained, loop):
     job, trace = Job(loop, k), Trace()
     history = outcome(lambda: job.fit(trace, signal_at(hook, BATCHES + at_batch), on_interrupt="return"))
@@ -270,8 +272,12 @@ AFTER_THE_SIGNAL = {  # all that is still called in a run that is interrupted in
 }
 
 
-@pytest.mark.parametrize("loop", LOOPS)
-@pytest.mark.parametrize("place", AFTER_THE_SIGNAL, ids=lambda place: place[0])
+@pytest.mark.parametrize(
+    ("place", "loop"),
+    [(place, "script") for place in AFTER_THE_SIGNAL]
+    + [(place, loop) for loop in ("function", "class") for place in list(AFTER_THE_SIGNAL)[1:6:2]],
+    ids=str,
+)
 def test_what_is_still_called_after_a_signal(place, loop):
     job, trace, length = Job(loop), Trace(), []
     at = signal_at(*place)
@@ -400,7 +406,6 @@ PLACES = [
     ("on_epoch_end", 1),
     ("on_epoch_end", 2),
 ]
-every_place = pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place[0]}-{place[1]}")
 
 
 def interrupt_and_resume(folder, *places, **arguments):
@@ -414,15 +419,21 @@ def interrupt_and_resume(folder, *places, **arguments):
     return job
 
 
-@every_place
-@pytest.mark.parametrize("k", [4, pytest.param(1, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("loop", LOOPS)
-def test_resume_equals_the_uninterrupted_run_to_the_bit(loop, k, place, tmp_path):
+@pytest.mark.parametrize(
+    ("loop", "place", "k"),
+    [
+        *(("script", place, 4) for place in PLACES),
+        *((loop, place, 4) for loop in ("function", "class") for place in PLACES[2::5]),  # a step, a validation, an end
+        *(pytest.param("script", place, 1, marks=pytest.mark.slow) for place in PLACES),
+    ],
+    ids=str,
+)
+def test_resume_equals_the_uninterrupted_run_to_the_bit(loop, place, k, tmp_path):
     job = interrupt_and_resume(tmp_path / "backup", place, loop=loop, k=k)
     assert_same(job.state(), uninterrupted(loop=loop, k=k))
 
 
-@every_place
+@pytest.mark.parametrize("place", PLACES[1::2], ids=lambda place: f"{place[0]}-{place[1]}")
 def test_resume_under_an_average_of_the_weights_equals_the_uninterrupted_run(place, tmp_path):
     job = interrupt_and_resume(tmp_path / "backup", place, ema=True, k=2)
     assert_same(job.state(), uninterrupted(ema=True, k=2))
@@ -435,10 +446,21 @@ def test_resume_of_epochs_of_a_set_number_of_steps_equals_the_uninterrupted_run(
     assert_same(job.state(), uninterrupted(steps=4, k=k))
 
 
-@pytest.mark.parametrize("place", [("on_train_batch_end", 7), ("on_train_batch_end", 8), ("on_test_batch_end", 4)])
+IN_EPOCHS = [("on_train_batch_end", 7), ("on_train_batch_end", 8), ("on_test_batch_end", 4)]
+
+
 @pytest.mark.parametrize(
-    ("k", "persists"),
-    [(4, False), pytest.param(1, False, marks=pytest.mark.slow), pytest.param(1, True, marks=pytest.mark.slow)],
+    ("k", "persists", "place"),
+    [
+        (4, False, IN_EPOCHS[0]),
+        *(pytest.param(4, False, place, marks=pytest.mark.slow) for place in IN_EPOCHS[1:]),
+        *(
+            pytest.param(1, persists, place, marks=pytest.mark.slow)
+            for persists in (False, True)
+            for place in IN_EPOCHS
+        ),
+    ],
+    ids=str,
 )
 def test_resume_with_two_workers_equals_the_uninterrupted_run(k, persists, place, tmp_path):
     job = interrupt_and_resume(tmp_path / "backup", place, workers=2, k=k, persists=persists)
@@ -707,7 +729,7 @@ def test_ctrl_c_in_the_main_thread_leaves_a_fit_in_another_alone():
     thread = threading.Thread(target=lambda: results.append(outcome(lambda: job.fit(Slow()))))
     with contextlib.suppress(KeyboardInterrupt):
         thread.start()
-        begun.wait()
+        begun.wait(60)
         send(INT)
         time.sleep(1)
     thread.join()
@@ -755,7 +777,13 @@ REACHED = [
     *(("predict", name) for name in HOOKS if "predict" in name),
 ]
 ERRORS = [Trouble("hook"), SystemExit(7), KeyboardInterrupt("hook"), Fatal("hook")]
-every_error = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+
+
+def name_of(value):
+    return type(value).__name__ if isinstance(value, BaseException) else "-".join(map(str, value))
+
+
+every_error = pytest.mark.parametrize("error", ERRORS, ids=name_of)
 
 
 class BadClose(Trace):
@@ -782,8 +810,21 @@ def test_the_three_verbs_reach_every_hook():
         assert {*trace.calls} - {"close"} | batches == {name for other, name in REACHED if other == verb}
 
 
-@every_error
-@pytest.mark.parametrize("place", REACHED, ids="-".join)
+# An Exception at every place; what is none takes another way out only where something waits for it: these.
+IN_HOOKS = [(place, ERRORS[0]) for place in REACHED] + [
+    ((verb, hook), error)
+    for verb, hook in [
+        *(
+            ("fit", f"on_{hook}")
+            for hook in ("train_begin", "train_batch_end", "test_batch_end", "epoch_end", "train_end")
+        ),
+        *(("evaluate", "on_test_batch_end"), ("predict", "on_predict_batch_end")),
+    ]
+    for error in ERRORS[1:]
+]
+
+
+@pytest.mark.parametrize(("place", "error"), IN_HOOKS, ids=name_of)
 def test_an_error_in_a_hook_comes_out_as_it_is_and_leaves_the_model_usable(place, error, tmp_path):
     job, (verb, hook) = Job(), place
     job.net[1].eval()  # a user's own choice, to be found again
@@ -825,13 +866,17 @@ def test_no_on_train_end_and_no_row_after_an_error(error):
     assert job.model.history.epoch == [0]
 
 
-@every_error
+IN_STEP, IN_TEST, AT_END = (("on_train_batch_end", 3), 3), (("on_test_batch_end", 1), 6), (("on_epoch_end", 0), 6)
+
+
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize(
-    ("place", "batches"), [(("on_train_batch_end", 3), 3), (("on_test_batch_end", 1), 6), (("on_epoch_end", 0), 6)]
+    ("place", "batches", "error"),
+    [*((*broken, ERRORS[0]) for broken in (IN_STEP, IN_TEST, AT_END)), *((*IN_STEP, error) for error in ERRORS[1:])],
+    ids=["step-Trouble", "test-Trouble", "end-Trouble", *(f"step-{name_of(error)}" for error in ERRORS[1:])],
 )
 def test_no_checkpoint_is_made_of_a_broken_state_and_the_last_good_one_resumes(
-    place, batches, is_async, error, tmp_path
+    place, batches, error, is_async, tmp_path
 ):
     path = tmp_path / "last.pt"
     writer = ModelCheckpoint(path, save_freq=1, async_save=is_async)
@@ -958,9 +1003,12 @@ sys.path.insert(0, sys.argv[1])
 import test_stopping  # torch and all, once
 import torch
 torch.set_num_threads(1)
+test_stopping.Job().fit(epochs=1)  # what the first fit imports need not be imported in each script
 if __name__ == "__main__":
     for line in sys.stdin:
         folder = line.strip()
+        if not folder:
+            sys.exit()
         pid = os.fork()
         if pid == 0:  # falls through to the script, and ends as any script does
             os.setsid()
@@ -1006,14 +1054,16 @@ def wait():
 class Child:
     """A script in a process group of its own, as a terminal or a batch system starts it."""
 
+    running = None  # the one whose end was not waited for yet
+
     def __init__(self, server, folder, script):
-        self.server, self.folder = server, folder
+        self.server, self.folder, self.pid = server, folder, None
+        Child.running = self
         (folder / "script.py").write_text(SCRIPT + textwrap.dedent(script))
         for name in ("out", "err"):
             (folder / name).write_text("")
-        server.stdin.write(f"{folder}\n")
-        server.stdin.flush()
-        self.pid = int(server.stdout.readline())
+        server.stdin.write(f"{folder}\n".encode())
+        self.pid = self._read_number()
         self._wait_for("ready")
 
     @property
@@ -1036,8 +1086,24 @@ class Child:
     def end(self):
         """Wait for the end; return the exit status as subprocess has it, and the seconds."""
         begun = time.monotonic()
-        status = int(self.server.stdout.readline())
+        status = self._read_number()
+        Child.running = None
         return status, time.monotonic() - begun
+
+    def kill(self):
+        with contextlib.suppress(ProcessLookupError, TypeError):  # it has ended, or never began
+            self.signal_all(signal.SIGKILL)
+        self.end()
+
+    def _read_number(self):
+        """Return the server's next line; after a minute without one, end the server and fail with what was printed."""
+        if not select.select([self.server.stdout], [], [], 60)[0]:
+            Child.running = None
+            if self.pid is not None:
+                self.signal_all(signal.SIGKILL)
+            self.server.kill()
+            pytest.fail(f"no answer in a minute; printed: {self.lines}, {self.errors}")
+        return int(self.server.stdout.readline())
 
     @property
     def workers_left(self):
@@ -1057,17 +1123,30 @@ def is_running(pid):
         return False
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """A process that has imported torch once, and forks for each script."""
-    if not Path("/proc/self/stat").exists():
-        pytest.skip("reads /proc")
+@pytest.fixture(scope="module", autouse=True)
+def started_server(tmp_path_factory):
+    """A process that imports torch once, while the first tests run, and forks for each script."""
     file = tmp_path_factory.mktemp("server") / "server.py"
     file.write_text(SERVER)
     command = [sys.executable, str(file), str(Path(__file__).parent)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}  # what is read is all that select knows
+    with subprocess.Popen(command, **pipes) as process:
         yield process
-        process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it was killed
+            process.stdin.write(b"\n")  # the end of the pipe would not do: workers that live still hold it open
+        try:
+            process.wait(60)
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def server(started_server):
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("reads /proc")
+    yield started_server
+    if Child.running is not None:  # the test has failed before
+        Child.running.kill()
 
 
 SECONDS = 10  # to save and end; under one on a quiet machine, while torch finds a lost worker after five
@@ -1163,8 +1242,11 @@ def test_ctrl_c_in_a_terminal_reaches_the_workers_too_and_they_keep_quiet(loader
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("callbacks", ["", "ModelCheckpoint('last.pt')"], ids=["alone", "checkpoint"])
-@pytest.mark.parametrize("loader", ["spawned", "begun before"])
+@pytest.mark.parametrize(
+    ("loader", "callbacks"),
+    [("spawned", "ModelCheckpoint('last.pt')"), ("begun before", ""), ("begun before", "ModelCheckpoint('last.pt')")],
+    ids=["spawned, checkpoint", "begun before", "begun before, checkpoint"],
+)
 def test_ctrl_c_stops_at_the_step_where_workers_have_their_own_handlers(loader, callbacks, server, tmp_path):
     make_job = {
         "spawned": """
