@@ -170,12 +170,15 @@ class OptimizerTwin:
         self.twin = copy.copy(optimizer)
         self.twin.param_groups = [self._group(group, is_captured) for group in optimizer.param_groups]
         self.changed: str | None = None
+        if is_captured:
+            _move_step_counts(optimizer)
         self._rates = [float(group["lr"]) for group in optimizer.param_groups]
         self._options = self._read_options()
 
     def _group(self, group: dict[str, Any], is_captured: bool) -> dict[str, Any]:
         device = group["params"][0].device if is_captured else "cpu"
-        traced = {"capturable": True} if is_captured else {"fused": None, "foreach": False, "capturable": True}
+        # A capture's rate is a tensor, which fused kernels read; others ask the host for its value.
+        traced = {"fused": True if is_captured else None, "foreach": False, "capturable": True}
         rate = torch.tensor(float(group["lr"]), device=device)
         return {**group, **{key: value for key, value in traced.items() if key in group}, "lr": rate}
 
@@ -330,23 +333,25 @@ class CapturedStep:
     def __init__(self, parts: StepParts, batch: tuple[Any, Any, Any]) -> None:
         run = parts.run
         self._batch = map_nested(_clone, batch)
-        self._graph = torch.cuda.CUDAGraph()
         x, y, sample_weight = self._batch
+
+        def step() -> Result:
+            if parts.is_first:
+                torch._foreach_zero_(parts.gradients)
+            with run.autocast():
+                outputs = run.forward(x)
+                loss = run.loss_fn(outputs, y, sample_weight)
+            run.share(loss).backward()
+            if parts.is_due:
+                run.prepare_gradients()
+                with torch.no_grad():
+                    parts.twin.step()
+            return loss.detach(), map_nested(_detach, outputs), dict(run.loss_fn.parts)
+
         try:
-            with torch.cuda.graph(self._graph):
-                if parts.is_first:
-                    torch._foreach_zero_(parts.gradients)
-                with run.autocast():
-                    outputs = run.forward(x)
-                    loss = run.loss_fn(outputs, y, sample_weight)
-                run.share(loss).backward()
-                if parts.is_due:
-                    run.prepare_gradients()
-                    with torch.no_grad():
-                        parts.twin.step()
-        except RuntimeError as error:
+            self._replay, self._result = _capture(step)
+        except (RuntimeError, AssertionError) as error:  # torch's optimizers assert what can be captured
             raise _no_graph(error, run.net) from error
-        self._result = loss.detach(), map_nested(_detach, outputs), dict(run.loss_fn.parts)
 
     def begin_epoch(self, run: Run) -> None:
         """Nothing is looked at again: a capture holds kernels alone."""
@@ -355,9 +360,17 @@ class CapturedStep:
         for held, new in zip(leaves(self._batch), leaves((x, y, sample_weight)), strict=True):
             if isinstance(held, Tensor):
                 held.copy_(new, non_blocking=True)
-        self._graph.replay()
+        self._replay()
         result: Result = map_nested(_clone, self._result)
         return result
+
+
+def _capture(step: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+    """Return what launches a step's kernels, none of which runs here, and where its results will stand."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
 
 
 class _NetAndLoss(nn.Module):
@@ -410,6 +423,13 @@ def _no_graph(error: Exception, net: nn.Module) -> ValueError:
         f"loop='graph' can't make one graph of this training step: {first}{place}{hint if has_mask else ''} Use "
         "loop='script', with jit_compile=True to compile the net alone."
     )
+
+
+def _move_step_counts(optimizer: Optimizer) -> None:
+    """Let a capture count steps on the device, where unfused optimizers have their counts on the CPU."""
+    for parameter, state in optimizer.state.items():
+        if isinstance(state.get("step"), Tensor):
+            state["step"] = state["step"].to(parameter.device)
 
 
 def _hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
