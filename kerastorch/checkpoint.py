@@ -32,11 +32,17 @@ PLAIN_TYPES = (type(None), bool, int, float, complex, str, bytes, torch.Size, to
 LARGE_WRITE = 2**20  # bytes
 MAX_DEPTH, MAX_VALUES, MAX_EXPANDED_BYTES = 100, 10**7, 10**6  # of a file that may be forged
 IS_FOLDER = 0x10  # in a zip entry's attributes, as DOS had them
+LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # how files of torch before 1.6 begin
+NUMPY_NUMBERS = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8", "c8", "c16")
 CAN_NOT_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # what a file system says that syncs no folders
 
 
 class CheckpointError(RuntimeError):
     """A file that can't be used as a checkpoint: damaged, unsafe or of another kind."""
+
+
+class UnsafeError(CheckpointError):
+    """A file that asks for more than data, so that opening it could run code."""
 
 
 def write_checkpoint(
@@ -131,18 +137,20 @@ def _write_atomically(
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Return what write_checkpoint, or the usual torch.save of a dict, wrote; tensors on the CPU. Runs no code.
 
+    Numbers of numpy's come as python's own.
     Raises FileNotFoundError or another OSError where there is no file to read; CheckpointError, saying what is wrong
-    and with which part, for a damaged file, one that would run code, one that unpacks to more bytes than it has, or one
-    that holds no dict.
+    and with which part, for a damaged file, one of before torch 1.6, one that unpacks to more bytes than it has, or one
+    that holds no dict; its kind UnsafeError for one that could run code.
     """
     path = Path(path)
     with _open_archive(path) as file:
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), torch.serialization.safe_globals(_numpy_stand_ins()):
                 warnings.simplefilter("ignore")  # torch's, about sparse tensors
                 content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # whatever a forged file makes torch raise
-            raise CheckpointError(f"{str(path)!r} can't be loaded: {_reason(error)}.") from error
+            kind = UnsafeError if _could_run_code(error) else CheckpointError
+            raise kind(f"{str(path)!r} can't be loaded: {_reason(error)}.") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise CheckpointError(f"{str(path)!r} holds a {type(content).__name__}, not a checkpoint's dict.")
     try:
@@ -280,6 +288,13 @@ def _open_archive(path: Path) -> Iterator[IO[bytes]]:
     _check_is_file(path)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
+        is_legacy = file.read(len(LEGACY)) == LEGACY
+        file.seek(0)
+        if is_legacy:  # without checksums, and with sizes that only loading it tells
+            raise CheckpointError(
+                f"{str(path)!r} is of torch's format of before 1.6, which has no checksums: "
+                "torch.save(torch.load(path, map_location='cpu'), path) rewrites it."
+            )
         damage = _find_damage(file, size)
         if damage is not None:
             raise CheckpointError(f"{str(path)!r} ({size} bytes) is damaged, or no checkpoint: {damage}.")
@@ -313,6 +328,8 @@ def _check_size(content: Any) -> None:
     def measure(value: Any, depth: int) -> tuple[int, int]:
         if isinstance(value, Tensor):
             _check_tensor(value)
+        if isinstance(value, _NumpyDtype):
+            raise ValueError("it has a numpy.dtype")
         if not isinstance(value, (Mapping, list, tuple, set)):
             return 1, 0
         if id(value) not in measured:
@@ -442,10 +459,50 @@ def _format_bytes(count: int) -> str:
     return f"{count / 1e6:.1f} MB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
+class _NumpyDtype:
+    """What "numpy.dtype" makes of a file: numpy's own believes forged flags and reads memory that is not its own."""
+
+    def __init__(self, code: str, align: bool = False, copy: bool = False) -> None:
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = state[1]
+
+
+def _numpy_number(dtype: Any, data: Any) -> Any:
+    """Return the python number that a scalar of numpy's stands for, from its bytes."""
+    import numpy as np
+
+    if type(dtype) is not _NumpyDtype or type(dtype.code) is not str or type(data) is not bytes:
+        raise ValueError("it has a scalar of numpy's without its dtype or its bytes")
+    if dtype.code not in NUMPY_NUMBERS or dtype.order not in ("<", ">", "=", "|"):
+        raise ValueError(f"it has a scalar of numpy's of type {dtype.code[:20]!r}, which is no plain number")
+    values = np.frombuffer(data, dtype.order + dtype.code)
+    if len(values) != 1:
+        raise ValueError(f"it has a scalar of numpy's of type {dtype.code!r} with {len(data)} bytes")
+    return values[0].item()
+
+
+def _numpy_stand_ins() -> list[Any]:
+    """Return what torch is to call for the names of numpy's that a pickled np.float64(0.5) has; it runs nothing."""
+    import numpy as np
+
+    theirs = {np.dtype, np.float64(0).__reduce__()[0]}
+    allowed = torch.serialization.get_safe_globals()
+    if any((one[0] if isinstance(one, tuple) else one) in theirs for one in allowed):
+        return []  # torch would choose by chance between them and what the user allowed
+    names = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # numpy 1 and 2
+    return [(_NumpyDtype, "numpy.dtype"), *[(_numpy_number, name) for name in names]]
+
+
+def _could_run_code(error: Exception) -> bool:
+    return isinstance(error, pickle.UnpicklingError) or "weights_only" in str(error)
+
+
 def _reason(error: Exception) -> str:
     """Say what a file needed that is not loaded; torch's own text advises to load it in the way that runs code."""
     text = str(error)
-    if isinstance(error, pickle.UnpicklingError) or "weights_only" in text:
+    if _could_run_code(error):
         name = re.search(r"GLOBAL (\S+)", text)
         what = f"it asks for {name[1].rstrip('.,')!r}" if name else "it asks for more than data"
         return f"{what}, which could run code. Only tensors and plain containers are loaded"

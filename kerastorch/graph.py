@@ -22,7 +22,7 @@ from torch.func import functional_call, grad_and_value
 from torch.optim import Optimizer
 
 from kerastorch.device import Nested, leaves, map_nested, preserved_random_state
-from kerastorch.graph_scalars import ScalarsOnce
+from kerastorch.graph_scalars import scalars_once
 from kerastorch.run import Run
 
 Step = Callable[[Run, Any, Any, Tensor | None], tuple[Tensor, Any]]
@@ -281,7 +281,7 @@ class CompiledStep:
 
         # A code object of its own, since compiled graphs are kept by it.
         own = FunctionType(step.__code__.replace(), step.__globals__, step.__name__, None, step.__closure__)
-        options: dict[str, Any] = {"fallback_random": True, "post_grad_custom_post_pass": ScalarsOnce()}
+        options: dict[str, Any] = {"fallback_random": True, "post_grad_custom_post_pass": scalars_once()}
         self._step: Graph = torch.compile(own, fullgraph=True, dynamic=False, options=options)
         self._net, self._checks_left = run.net, CHECKED_CALLS
         self._is_made = self._is_different = False

@@ -513,7 +513,8 @@ class Model:
         """Return a Summary: layers, output shapes, parameters, memory and FLOPs; text, or a table in a notebook.
 
         x: a batch of inputs, as in predict_on_batch, or its size, (32, 1, 28, 28); a tuple, list or dict of either for
-        several; sizes become random floats. None: no shapes and no FLOPs. The net is left as it was.
+        several; sizes become random floats: integers, for an embedding, need a batch. None: no shapes and no FLOPs. The
+        net is left as it was.
         Raises TypeError or ValueError for what is neither batch nor size.
         """
         return summarize(self, x)
@@ -574,11 +575,12 @@ class Model:
         )
 
     def save_weights(self, path: str | os.PathLike[str]) -> None:
-        """Write the net's state_dict to a file that plain torch opens (.pt) or to .safetensors (an extra).
+        """Write the net's state_dict to a file that plain torch opens or to .safetensors (an extra).
 
+        path: .pt, .pth, .bin or .ckpt for torch's format, whichever, or .safetensors.
         Its keys are the bare net's. A crash leaves the old file or the new one, whole.
-        Raises ValueError for another suffix, TypeError for what such a file can't hold, OSError where it can't be
-        written, ImportError without safetensors.
+        Raises ValueError for another suffix and for a lazy net before its first batch, TypeError for what such a file
+        can't hold, OSError where it can't be written, ImportError without safetensors.
         """
         save_weights(self.net, path)
 
@@ -587,19 +589,24 @@ class Model:
 
         path: a state_dict written by torch.save, by itself or as a training script's "model_state_dict", "state_dict"
         or "model"; .safetensors; the .index.json of sharded files. Prefixes "module." and "_orig_mod." do not matter.
-        strict: False loads what fits. The optimizer's state stays as it is.
+        strict: False loads what fits. The optimizer's state stays as it is; states of Model.load's file, which the next
+        compile() was to take over, are dropped.
         Raises ValueError with all keys that do not fit, where strict, or where none fits; CheckpointError for a file
         that is damaged or would run code. The net is as it was then.
         """
-        return load_weights(self.net, path, strict=strict)
+        report = load_weights(self.net, path, strict=strict)
+        self._saved = None
+        return report
 
     def save(self, path: str | os.PathLike[str], *, whole: bool = False) -> None:
         """Write weights, states of optimizer, scheduler and scaler, history and random states, for Model.load.
 
         The file has the keys of ModelCheckpoint's and opens with torch.load(path, weights_only=True); compile()'s
         arguments are in it where all are names or plain values. Between fits: inside one use ModelCheckpoint.
+        path: .pt, .pth, .bin or .ckpt.
         whole: pickle the net too, so that Model.load needs only its classes; opening the file runs code.
-        Raises TypeError, naming the part, for what the file can't hold, OSError where it can't be written.
+        Raises ValueError for another suffix and for a lazy net before its first batch, TypeError, naming the part, for
+        what the file can't hold, OSError where it can't be written.
         """
         history = History()
         for one in (self.history, *([self._run.history] if self._run is not None else [])):
@@ -621,9 +628,11 @@ class Model:
 
         Random states are set to those saved. Where compile()'s arguments are not all in the file the model comes
         uncompiled: the next compile() takes over the states of optimizer, scheduler and scaler, or names what does not
-        fit. path: also a checkpoint of ModelCheckpoint's (its published weights) or of the usual plain recipe.
-        trust: take the net out of a file of save(whole=True) or torch.save(net), running whatever code it holds.
-        Raises ValueError with all keys that do not fit; CheckpointError for a file that is damaged or would run code.
+        fit. path: also a checkpoint of ModelCheckpoint's (its published weights) or of a training script's, whose
+        states are "optimizer_state_dict" or "optimizer", "lr_scheduler_state_dict", "lr_scheduler" or "scheduler".
+        trust: run whatever code the file holds; without net it gives the net too, by save(whole=True) or torch.save.
+        Raises ValueError with all keys that do not fit, and for a file of weights alone in another format than torch's;
+        CheckpointError for a file that is damaged or, without trust, would run code.
         net and random states are as they were then.
         """
         content, net, file = read_model(path, net, trust=trust)

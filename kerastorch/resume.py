@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
@@ -27,6 +28,14 @@ if TYPE_CHECKING:
 
 COUNTERS = ("initial_epoch", "epochs", "batches_done", "batches_seen", "step")
 FLAGS = ("epoch_is_trained", "train_end_is_due", "stop_training")
+WEIGHTS_KEYS = ("model_state_dict", "state_dict", "model")  # under which training scripts keep them
+OTHER_STATES = {  # other names for training states, and a key that tells such a state from a dict of settings
+    "optimizer_state_dict": (("optimizer",), "param_groups"),
+    "lr_scheduler_state_dict": (("lr_scheduler", "scheduler", "scheduler_state_dict"), "last_epoch"),
+    "scaler_state_dict": (("scaler",), "_growth_tracker"),
+}
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SLOTS_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "momentum_buffer", "square_avg", "sum", "acc_delta", "prev", "ax")
 
 
@@ -83,7 +92,7 @@ def find_checkpoint(
         if not isinstance(resume, (str, os.PathLike)):
             raise TypeError(f"resume must be True, False, None or a checkpoint's path, got {resume!r}.")
         path = Path(resume).expanduser()
-        return read_checkpoint(path), path
+        return without_foreign_run(read_checkpoint(path)), path
     writers = [one for one in checkpointers if one.writes_resume_points and (resume or one.resumes_by_itself)]
     if resume and not writers:
         raise ValueError(
@@ -99,7 +108,7 @@ def find_checkpoint(
             continue
         if failures:
             warn(f"{' '.join(failures)} Going on from {str(path)!r} instead.")
-        return content, path
+        return without_foreign_run(content), path
     if failures:
         raise CheckpointError(f"no checkpoint can be read, so the run can't go on: {' '.join(failures)}")
     return None
@@ -113,9 +122,11 @@ def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
         if not isinstance(content.get(key), kind):
             raise CheckpointError(
                 f"{name} is no training checkpoint: it has no {key!r} to go on from (its keys: {', '.join(content)})."
+                + _other_way(content)
             )
     own = bare_module(run.net).state_dict()
-    problems = _compare("net", own, bare_keys(training_weights(content), own)) + find_misfits(run, content)
+    saved = bare_keys(training_weights(content), own)
+    problems = _compare("net", own, saved, lazy_shapes(bare_module(run.net))) + find_misfits(run, content)
     state = content.get("run", {})
     if problems:
         raise ValueError(f"{name} does not fit this model:\n  " + "\n  ".join(problems))
@@ -139,6 +150,14 @@ def check_content(run: Run, content: Mapping[str, Any], path: Path) -> None:
         )
 
 
+def _other_way(content: Mapping[str, Any]) -> str:
+    if not find_weights(content):
+        return ""
+    has_optimizer = isinstance(with_usual_keys(content).get("optimizer_state_dict"), Mapping)
+    rest = " and, at the next compile(), its optimizer's state" if has_optimizer else ""
+    return f" Model.load(path, net) takes its weights{rest}."
+
+
 def find_misfits(run: Run, content: Mapping[str, Any]) -> list[str]:
     """Return what of the loss, the optimizer and the scheduler in content does not fit run's, key by key."""
     loss = run.loss_fn.fn.state_dict() if isinstance(run.loss_fn.fn, nn.Module) else {}
@@ -147,15 +166,51 @@ def find_misfits(run: Run, content: Mapping[str, Any]) -> list[str]:
     own = describe_kinds(run.optimizer)
     saved = state.get("optimizer", own)
     if saved != own:
-        problems.append(f"the checkpoint's optimizer is {saved}, this run's {own}")
+        problems.append(_tell_kinds("optimizer", saved, own))
     problems += _compare_optimizers(run.optimizer, content["optimizer_state_dict"])
     own = describe_kinds(run.lr_scheduler)
     is_open = run.lr_scheduler_spans and run.lr_scheduler is None  # until a fit begins
     if (saved := state.get("lr_scheduler", own)) != own and not is_open:
-        problems.append(f"the checkpoint's lr_scheduler is {saved}, this run's {own}")
+        problems.append(_tell_kinds("lr_scheduler", saved, own))
     elif state and run.lr_scheduler is not None and "lr_scheduler_state_dict" not in content:
         problems.append("'lr_scheduler_state_dict' is missing in the checkpoint")
     return problems
+
+
+def _tell_kinds(part: str, saved: str, own: str) -> str:
+    none = describe_kinds(None)
+    if saved == none:
+        return f"the checkpoint has no {part}, this run's is {own}"
+    return f"the checkpoint's {part} is {saved}, this run" + (" has none" if own == none else f"'s {own}")
+
+
+def find_weights(content: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the weights in a file's content, which may be a training script's dict around them; None without any."""
+    for key in WEIGHTS_KEYS:
+        if isinstance(content.get(key), Mapping):
+            inner: Mapping[str, Any] = content[key]
+            return inner
+    has_any = not content or any(isinstance(value, Tensor) for value in content.values())
+    return content if has_any else None
+
+
+def with_usual_keys(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return content with training states of other names under those of the usual recipe."""
+    renamed = dict(content)
+    for key, (names, mark) in OTHER_STATES.items():
+        found = [content[name] for name in names if isinstance(content.get(name), Mapping) and mark in content[name]]
+        if found:
+            renamed.setdefault(key, found[0])
+    return renamed
+
+
+def without_foreign_run(content: dict[str, Any]) -> dict[str, Any]:
+    """Return content without a "run" of the user's own, {"id": 3} for example; one of ours stays, whatever it lacks."""
+    state = content.get("run")
+    ours = {*COUNTERS, *FLAGS} - {"epochs", "step"}  # which others may count too
+    if "checkpointers" in content or (isinstance(state, Mapping) and not ours.isdisjoint(state)):
+        return content
+    return {key: value for key, value in content.items() if key != "run"}
 
 
 def check_form(content: Mapping[str, Any], name: str) -> None:
@@ -368,13 +423,47 @@ def is_built_in(thing: object) -> bool:
     return type(thing).__module__.partition(".")[0] == __name__.partition(".")[0]
 
 
-def _compare(what: str, own: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+def lazy_shapes(net: nn.Module) -> dict[str, tuple[int | None, ...]]:
+    """Return what lazy layers know of their weights' shapes, by key: None for a size that the first batch tells."""
+    shapes: dict[str, tuple[int | None, ...]] = {}
+    for name, module in net.named_modules(remove_duplicate=False):
+        if not isinstance(module, LazyModuleMixin):
+            continue
+        prefix = f"{name}." if name else ""
+        if isinstance(module, nn.Linear):
+            shapes[f"{prefix}weight"], shapes[f"{prefix}bias"] = (module.out_features, None), (module.out_features,)
+        elif isinstance(module, CONVOLUTIONS):
+            shapes[f"{prefix}weight"] = (module.out_channels, None, *module.kernel_size)
+            shapes[f"{prefix}bias"] = (module.out_channels,)
+        elif isinstance(module, TRANSPOSED_CONVOLUTIONS):
+            shapes[f"{prefix}weight"] = (None, module.out_channels // module.groups, *module.kernel_size)
+            shapes[f"{prefix}bias"] = (module.out_channels,)
+    return shapes
+
+
+def tell_lazy_misfit(shape: tuple[int | None, ...] | None, other: object) -> str | None:
+    """Return how a loaded value differs from what a lazy layer knows of its weight's shape, None where it does not."""
+    if shape is None or not isinstance(other, Tensor) or is_lazy(other):
+        return None
+    is_like = len(shape) == other.ndim and all(a in (None, b) for a, b in zip(shape, other.shape, strict=True))
+    known = ", ".join("?" if size is None else str(size) for size in shape)
+    return None if is_like else f"{tuple(other.shape)} in the file, ({known}{',' * (len(shape) == 1)}) in the net"
+
+
+def _compare(
+    what: str,
+    own: Mapping[str, Any],
+    saved: Mapping[str, Any],
+    lazy: Mapping[str, tuple[int | None, ...]] | None = None,
+) -> list[str]:
     missing = [key for key in own if key not in saved]
     unexpected = [key for key in saved if key not in own]
     problems = [f"{what}: {key!r} is missing in the checkpoint" for key in missing]
     problems += [f"{what}: {key!r} of the checkpoint is unexpected" for key in unexpected]
     for key, value in own.items():
         other = saved.get(key, value)
+        if is_lazy(value) and (misfit := tell_lazy_misfit((lazy or {}).get(key), other)):
+            problems.append(f"{what}: {key!r} is {misfit}")
         if is_lazy(value) or not isinstance(value, Tensor):
             continue
         if isinstance(other, Tensor) and (other.layout, other.is_complex()) != (value.layout, value.is_complex()):

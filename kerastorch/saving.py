@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from kerastorch.checkpoint import (
     CheckpointError,
+    UnsafeError,
     check_plain,
     copy_to_cpu,
     read_checkpoint,
@@ -34,12 +35,26 @@ from kerastorch.checkpoint import (
 )
 from kerastorch.compiled import Compiled
 from kerastorch.device import bare_keys, bare_module, describe, get_random_state, set_random_state
+from kerastorch.errors import check_choice
 from kerastorch.history import History
-from kerastorch.resume import check_form, find_misfits, restore_states
+from kerastorch.resume import (
+    WEIGHTS_KEYS,
+    check_form,
+    find_misfits,
+    find_weights,
+    lazy_shapes,
+    restore_states,
+    tell_lazy_misfit,
+    with_usual_keys,
+    without_foreign_run,
+)
 from kerastorch.run import Run
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-WEIGHTS_KEYS = ("model_state_dict", "state_dict", "model")  # under which training scripts keep them
+HANDED_ON = (  # what save() writes of a state that no compile() has taken over
+    *("epoch", "optimizer_state_dict", "loss", "lr_scheduler_state_dict", "scaler_state_dict", "loss_state_dict"),
+    *("callbacks", "checkpointers", "run", "versions", "compile_arguments"),
+)
 NOT_PICKLED = ("_modules", "_parameters", "_buffers", "_compiled_call_impl")  # by themselves, or at all
 
 
@@ -79,14 +94,17 @@ class LoadReport:
 
 
 def save_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write the state_dict of net, keys bare, to a .pt or .safetensors file; missing folders are made.
+    """Write the state_dict of net, keys bare, to a file; missing folders are made.
 
+    path: .pt, .pth, .bin or .ckpt, all torch's format, or .safetensors.
     Raises ValueError for another suffix and for a lazy net without shapes, TypeError for what the file can't hold,
     ImportError and OSError as checkpoint.py says.
     """
     path = Path(path).expanduser()
     if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
-        raise ValueError(f"save_weights() writes '.pt' or '.safetensors' files, got {str(path)!r}.")
+        raise ValueError(
+            f"save_weights() writes '.safetensors' files, and torch's as {_suffixes()}; got {str(path)!r}."
+        )
     weights = bare_keys(bare_module(net).state_dict())
     _refuse_lazy(weights)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -94,6 +112,10 @@ def save_weights(net: nn.Module, path: str | os.PathLike[str]) -> None:
         write_safetensors(path, weights)
     else:
         write_checkpoint(path, weights)
+
+
+def _suffixes() -> str:
+    return f"{', '.join(map(repr, TORCH_SUFFIXES[:-1]))} or {TORCH_SUFFIXES[-1]!r}"
 
 
 def _refuse_lazy(weights: Mapping[str, Any]) -> None:
@@ -114,6 +136,7 @@ def load_weights(net: nn.Module, path: str | os.PathLike[str], *, strict: bool =
     Raises ValueError with all missing, unexpected and mismatched keys, where strict, or where nothing fits;
     CheckpointError and OSError for files that can't be read.
     """
+    check_choice("strict", strict, (True, False))
     path = Path(path).expanduser()
     return _load_into(net, read_weights(path), path, strict=strict)
 
@@ -122,20 +145,28 @@ def read_weights(path: Path) -> Mapping[str, Any]:
     """Return the weights that a file of one of load_weights' forms holds, by the names in it; on the CPU."""
     if path.name.endswith(".index.json"):
         return _read_shards(path)
-    return read_safetensors(path) if path.suffix == ".safetensors" else _find_weights(read_checkpoint(path), path)
+    return read_safetensors(path) if path.suffix == ".safetensors" else _get_weights(_read_data(path), path)
 
 
-def _find_weights(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
-    for key in WEIGHTS_KEYS:
-        if isinstance(content.get(key), Mapping):
-            inner: Mapping[str, Any] = content[key]
-            return inner
-    if content and not any(isinstance(value, Tensor) for value in content.values()):
+def _read_data(path: Path) -> dict[str, Any]:
+    """Return what read_checkpoint does; where it refuses what could run code, name the one way that runs it."""
+    try:
+        return read_checkpoint(path)
+    except UnsafeError as error:
+        raise UnsafeError(
+            f"{error} Model.load(path, net, trust=True) runs it all the same, if you trust the file's author; leave "
+            "net away where the file holds its own."
+        ) from error
+
+
+def _get_weights(content: Mapping[str, Any], path: Path) -> Mapping[str, Any]:
+    weights = find_weights(content)
+    if weights is None:
         raise CheckpointError(
             f"{str(path)!r} holds no weights: neither tensors nor one of {', '.join(map(repr, WEIGHTS_KEYS))} (its "
-            f"keys: {', '.join(content)})."
+            f"keys: {', '.join(map(str, content))})."
         )
-    return content
+    return weights
 
 
 def _read_shards(path: Path) -> dict[str, Any]:
@@ -156,18 +187,25 @@ def _read_shards(path: Path) -> dict[str, Any]:
     return weights
 
 
-def _load_into(net: nn.Module, weights: Mapping[str, Any], path: Path, *, strict: bool) -> LoadReport:
+def _load_into(
+    net: nn.Module, weights: Mapping[str, Any], path: Path, *, strict: bool, way_out: str = "strict=False"
+) -> LoadReport:
+    """Load what fits, or where strict all; else raise ValueError.   way_out: what would load what fits."""
     net = bare_module(net)
     own = net.state_dict()
     weights = bare_keys(weights, own)
-    mismatched = {key: text for key in own if key in weights and (text := _misfit(own[key], weights[key]))}
+    lazy = lazy_shapes(net)  # torch gives a lazy weight whatever shape the file has
+    mismatched = {
+        key: text for key in own if key in weights and (text := _misfit(own[key], weights[key], lazy.get(key)))
+    }
     fitting = copy.copy(weights)  # with its _metadata
     for key in mismatched:
         del fitting[key]  # type: ignore[attr-defined]
     if strict and any(map(is_lazy, own.values())):  # which could not be put back
         loaded = [key for key in own if key in fitting]
         missing = [key for key in own if key not in weights]
-        _refuse(LoadReport(loaded, missing, [key for key in weights if key not in own], mismatched), path, strict)
+        report = LoadReport(loaded, missing, [key for key in weights if key not in own], mismatched)
+        _refuse(report, path, strict, way_out)
     with restored_on_error(net):
         try:
             left = net.load_state_dict(fitting, strict=False)
@@ -178,25 +216,27 @@ def _load_into(net: nn.Module, weights: Mapping[str, Any], path: Path, *, strict
         tied = {_place(own[key]) for key in loaded if key in own} - {None}
         missing = [key for key in left.missing_keys if key not in mismatched and _place(own.get(key)) not in tied]
         report = LoadReport(loaded, missing, unexpected, mismatched)
-        _refuse(report, path, strict)
+        _refuse(report, path, strict, way_out)
     return report
 
 
-def _refuse(report: LoadReport, path: Path, strict: bool) -> None:
+def _refuse(report: LoadReport, path: Path, strict: bool, way_out: str) -> None:
     """Raise ValueError with all that does not fit, where that is not wanted."""
     nothing = not report.loaded and bool(report.missing or report.mismatched)
     if (strict and not report.ok) or nothing:
         problems = "\n  ".join(report.problems())
-        hint = " strict=False would load what fits." if report.loaded else " None of its weights fits."
+        hint = f" {way_out} would load what fits." if report.loaded else " None of its weights fits."
         raise ValueError(f"{str(path)!r} does not fit this net, which is left as it was.{hint}\n  {problems}")
 
 
-def _misfit(own: object, other: object) -> str | None:
+def _misfit(own: object, other: object, lazy_shape: tuple[int | None, ...] | None) -> str | None:
     """Return what keeps a loaded value from its place."""
-    if not isinstance(own, Tensor) or is_lazy(own):
+    if not isinstance(own, Tensor):
         return None
     if not isinstance(other, Tensor):
         return f"a {type(other).__name__} in the file, a tensor in the net"
+    if is_lazy(own):
+        return tell_lazy_misfit(lazy_shape, other)
     if other.shape != own.shape:
         return f"{tuple(other.shape)} in the file, {tuple(own.shape)} in the net"
     loses = (other.is_complex() and not own.is_complex()) or (other.is_floating_point() and not _is_inexact(own))
@@ -277,14 +317,14 @@ def standing_run(run: Run, compiled: Compiled) -> Run:
 def write_model(net: nn.Module, path: str | os.PathLike[str], content: Mapping[str, Any], *, whole: bool) -> None:
     """Write a model's content with the weights of net or, where whole, with net itself, pickled.
 
-    Raises ValueError for a suffix of another format and for a lazy net without shapes; TypeError, naming the attribute,
-    for what can't be pickled; OSError as write_checkpoint.
+    Raises ValueError for a suffix that is not one of torch's and for a lazy net without shapes; TypeError, naming the
+    attribute, for what can't be pickled; OSError as write_checkpoint.
     """
     path = Path(path).expanduser()
-    if path.suffix in (".safetensors", ".h5", ".keras", ".onnx", ".pt2"):
+    if path.suffix not in TORCH_SUFFIXES:
         raise ValueError(
-            f"save() writes a file that torch.load opens, so name it .pt, not {str(path)!r} (save_weights() writes "
-            "'.safetensors' files)."
+            f"save() writes torch's format, to a file named {_suffixes()}; got {str(path)!r}. For '.safetensors' there "
+            "is save_weights()."
         )
     content = {**content, "model_state_dict": bare_keys(bare_module(net).state_dict())}
     _refuse_lazy(content["model_state_dict"])
@@ -308,26 +348,35 @@ def read_model(
 ) -> tuple[dict[str, Any], nn.Module, Path]:
     """Return a model's content, the net for it (the one given, or with trust that of the file), and its file.
 
-    Raises ValueError where neither net nor trust is given, or both; CheckpointError for a file without what is needed.
+    Raises ValueError where neither net nor trust is given, and for files of weights alone; CheckpointError for a file
+    without what is needed.
     """
     path = Path(path).expanduser()
+    if path.suffix == ".safetensors" or path.name.endswith(".index.json"):
+        raise ValueError(
+            f"{str(path)!r} is of a format for weights alone, not one of Model.save(): Model(net).load_weights(path) "
+            "takes it."
+        )
     if not trust:
         if net is None:
             raise ValueError(
                 "Model.load(path, net) needs the net that the file's weights are for. Only a file of save(whole=True) "
                 "holds its net, as code that opening it runs: Model.load(path, trust=True), if you trust its author."
             )
-        content = read_checkpoint(path)
+        content = with_usual_keys(without_foreign_run(_read_data(path)))
         check_form(content, repr(str(path)))
-        return {**content, "model_state_dict": _find_weights(content, path)}, net, path
-    if net is not None:
-        raise ValueError("Model.load(path, trust=True) takes the net out of the file: leave net away, or trust.")
+        return {**content, "model_state_dict": _get_weights(content, path)}, net, path
     loaded = read_trusted(path)
-    content = loaded if isinstance(loaded, dict) else {"net": loaded}
+    content = with_usual_keys(without_foreign_run(loaded if isinstance(loaded, dict) else {"net": loaded}))
     found = content.pop("net", None)
-    if not isinstance(found, nn.Module):
-        raise CheckpointError(f"{str(path)!r} holds no net: load it with Model.load(path, net).")
-    return {"model_state_dict": found.state_dict(), **content}, found, path
+    if isinstance(found, nn.Module):
+        return {"model_state_dict": found.state_dict(), **content}, found if net is None else net, path
+    if net is None:
+        raise CheckpointError(
+            f"{str(path)!r} holds no net, so give the one for its weights: Model.load(path, net), and trust=True only "
+            "where it is refused without."
+        )
+    return {**content, "model_state_dict": _get_weights(content, path)}, net, path
 
 
 @contextmanager
@@ -338,7 +387,8 @@ def taking_up(net: nn.Module, content: Mapping[str, Any], path: Path) -> Iterato
     """
     random_state = get_random_state()
     with restored_on_error(net):
-        _load_into(net, content["model_state_dict"], path, strict=True)
+        way_out = "Model(net).load_weights(path, strict=False)"
+        _load_into(net, content["model_state_dict"], path, strict=True, way_out=way_out)
         yield
         if "run" in content:
             try:
@@ -362,7 +412,7 @@ def find_state(content: Mapping[str, Any], path: Path) -> SavedState | None:
     """Return the training state that compile() is to take over, None where the file has none."""
     if not isinstance(content.get("optimizer_state_dict"), Mapping):
         return None
-    return SavedState({key: value for key, value in content.items() if key != "training_model_state_dict"}, path)
+    return SavedState({key: content[key] for key in HANDED_ON if key in content}, path)
 
 
 def find_arguments(content: Mapping[str, Any], path: Path) -> dict[str, Any] | None:
@@ -387,8 +437,8 @@ def take_over(run: Run, saved: SavedState) -> None:
         problems.append(f"mixed_precision='fp16': {with_it} has a GradScaler, {without} none")
     if problems:
         raise ValueError(
-            f"compile() can't take over the training state of {str(saved.path)!r}; load_weights() would take the "
-            "weights alone:\n  " + "\n  ".join(problems)
+            f"compile() can't take over the training state of {str(saved.path)!r}; to go on from the weights alone "
+            "compile Model(model.net), or call load_weights() before:\n  " + "\n  ".join(problems)
         )
     restore_states(run, saved.content)
 

@@ -51,7 +51,7 @@ HEAVY = {
     "onnxruntime",
     "onnxscript",
 }
-HEAVY_OF_TORCH = {"torch.utils.tensorboard", "torch.utils.flop_counter"}
+HEAVY_OF_TORCH = {"torch.utils.tensorboard", "torch.utils.flop_counter", "torch._inductor.custom_graph_pass"}
 
 
 def module_name(path: Path) -> str:

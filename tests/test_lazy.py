@@ -270,6 +270,53 @@ def test_a_saved_model_and_saved_weights_go_into_a_lazy_net(tmp_path):
     assert torch.equal(weighed.net[1].weight, torch.load(tmp_path / "b.pt")["1.weight"])
 
 
+LAZY_LAYERS = {  # sizes of the file's layer in, out, then what the lazy one may know otherwise
+    "linear": (lambda out, **_: nn.LazyLinear(out), lambda out, **_: nn.Linear(5, out)),
+    "convolution": (lambda out, **o: nn.LazyConv2d(out, **o), lambda out, **o: nn.Conv2d(4, out, **o)),
+    "transposed": (lambda out, **o: nn.LazyConvTranspose1d(out, **o), lambda out, **o: nn.ConvTranspose1d(4, out, **o)),
+}
+SIZES = {"linear": {}, "convolution": {"kernel_size": 3, "groups": 2}, "transposed": {"kernel_size": 3, "groups": 2}}
+
+
+@pytest.mark.parametrize("kind", LAZY_LAYERS)
+def test_a_lazy_layer_takes_no_sizes_that_it_knows_otherwise(kind, tmp_path):
+    make_lazy, make = LAZY_LAYERS[kind]
+    sizes = SIZES[kind]
+    wrong = [(8, sizes)] + ([(6, {**sizes, "kernel_size": 5})] if sizes else [])
+    for out, others in wrong:
+        torch.save(nn.Sequential(make(out, **others)).state_dict(), tmp_path / "a.pt")
+        net = nn.Sequential(make_lazy(6, **sizes))
+        model = kt.Model(net, device="cpu")
+        with pytest.raises(ValueError, match=r"'0\.weight' is \(\d.* in the file, \(.*\?.* in the net"):
+            model.load_weights(tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=r"'0\.weight' is "):
+            kt.Model.load(tmp_path / "a.pt", net, device="cpu")
+        assert isinstance(net[0].weight, nn.parameter.UninitializedParameter)
+    right = nn.Sequential(make(6, **sizes))
+    torch.save(right.state_dict(), tmp_path / "a.pt")
+    assert model.load_weights(tmp_path / "a.pt").ok
+    assert same(net, right)
+
+
+def test_a_lazy_head_of_another_size_is_left_out_where_not_strict(tmp_path):
+    torch.save({"0.weight": torch.ones(4, 5), "0.bias": torch.ones(4), "1.weight": torch.ones(7, 4)}, tmp_path / "a.pt")
+    net = nn.Sequential(nn.Linear(5, 4), nn.LazyLinear(3))
+    report = kt.Model(net, device="cpu").load_weights(tmp_path / "a.pt", strict=False)
+    assert report.mismatched == {"1.weight": "(7, 4) in the file, (3, ?) in the net"}
+    assert report.missing == ["1.bias"]
+    assert net(torch.ones(2, 5)).shape == (2, 3)
+
+
+def test_a_checkpoint_of_another_size_is_not_resumed_in_a_lazy_net(tmp_path):
+    def build(classes):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Flatten(), nn.LazyLinear(classes))
+
+    fit_model(build(5), {}, {"epochs": 1, "callbacks": kt.callbacks.ModelCheckpoint(tmp_path / "a.pt")})
+    with pytest.raises(ValueError, match=r"net: '1\.weight' is \(5, \d+\) in the file, \(3, \?\) in the net"):
+        fit_model(build(3), {}, {"epochs": 2, "resume": tmp_path / "a.pt"})
+
+
 @pytest.mark.parametrize("save", ["save", "save_weights", "save whole", "save_weights .safetensors"])
 def test_a_net_without_shapes_is_not_saved(save, tmp_path):
     model = kt.Model(make_net(), device="cpu")

@@ -1,10 +1,13 @@
 """Weights and models come back from files to the bit, files of others are taken, and a refused file changes nothing."""
 
+import argparse
+import functools
 import json
 import os
 import random
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from torch.nn.parameter import UninitializedParameter
 
 import kerastorch as kt
 from kerastorch.callbacks import EMA, ModelCheckpoint
-from kerastorch.checkpoint import CheckpointError
+from kerastorch.checkpoint import CheckpointError, read_checkpoint
 from kerastorch.device import bare_keys
 
 SUFFIXES = (".pt", ".pth", ".safetensors")
@@ -98,7 +101,7 @@ for same in (safetensors.torch.load_file(folder + "/net.safetensors"), content["
 print(sorted(same), weights["head.weight"].tolist(), content["epoch"], content["loss"])
 """
     weight, loss = model.net.state_dict()["head.weight"].tolist(), model.history.history["loss"][-1]
-    child = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    child = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
     assert child.stdout == f"{sorted(model.net.state_dict())} {weight} 1 {loss}\n", child.stderr
 
 
@@ -349,7 +352,7 @@ def test_poison_runs_through_no_loader_but_the_trusting_one(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["net.h5", "net.weights.h5", "net.keras", "net", "net.onnx"])
 def test_other_suffixes_are_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"'\.pt' or '\.safetensors'"):
+    with pytest.raises(ValueError, match=r"'\.safetensors' files, and torch's as '\.pt', .* or '\.ckpt'"):
         make_model().save_weights(tmp_path / name)
     assert not os.listdir(tmp_path)
 
@@ -473,7 +476,7 @@ def test_the_next_compile_takes_over_where_objects_were_given(tmp_path: Path) ->
 
 MISFITS: dict[str, tuple[dict[str, Any], str]] = {
     "optimizer": ({"optimizer": "adam"}, "optimizer is SGD, this run's Adam"),
-    "scheduler": ({"lr_scheduler": None}, "lr_scheduler is StepLR, this run's NoneType"),
+    "scheduler": ({"lr_scheduler": None}, "checkpoint's lr_scheduler is StepLR, this run has none"),
     "scaler": ({"mixed_precision": None}, "the file has a GradScaler, this compile.* none"),
     "groups": (
         {"optimizer": lambda ps: torch.optim.SGD([{"params": [p]} for p in ps], lr=0.1, momentum=0.9)},
@@ -612,11 +615,294 @@ def test_weights_alone_make_a_model_that_is_not_compiled(tmp_path: Path) -> None
     assert "not compiled" in repr(loaded)
 
 
-@pytest.mark.parametrize("name", ["a.safetensors", "a.keras", "a.h5"])
+@pytest.mark.parametrize("name", ["a.safetensors", "a.keras", "a.h5", "a", "model.v2"])
 def test_a_model_is_not_saved_under_the_name_of_another_format(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"name it \.pt"):
+    with pytest.raises(ValueError, match=r"named '\.pt', '\.pth', '\.bin' or '\.ckpt'; got .*save_weights"):
         make_model().save(tmp_path / name)
     assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt"])
+def test_every_suffix_of_torch_s_is_written_and_read(tmp_path: Path, suffix: str) -> None:
+    model = make_model()
+    model.save(tmp_path / f"a{suffix}")
+    model.save_weights(tmp_path / f"b{suffix}")
+    loaded = kt.Model.load(tmp_path / f"a{suffix}", make_net(7), device="cpu")
+    assert equal(loaded.net.state_dict(), model.net.state_dict())
+    assert make_model(3).load_weights(tmp_path / f"b{suffix}").ok
+
+
+def test_a_file_of_weights_alone_is_pointed_to_load_weights(tmp_path: Path) -> None:
+    make_model().save_weights(tmp_path / "a.safetensors")
+    for path in (tmp_path / "a.safetensors", write_shards(tmp_path)):
+        with pytest.raises(ValueError, match=r"Model\(net\)\.load_weights\(path\)"):
+            kt.Model.load(path, make_net())
+
+
+# ---- ways out, and files of other scripts ----
+
+
+def test_load_weights_drops_the_state_that_compile_was_to_take_over(tmp_path: Path) -> None:
+    model = make_model(**OWN)
+    fit(model)
+    model.save(tmp_path / "a.pt")
+    loaded = kt.Model.load(tmp_path / "a.pt", make_net(7), device="cpu")
+    with pytest.raises(ValueError, match=r"Model\(model\.net\), or call load_weights\(\)"):
+        loaded.compile("cross_entropy", "adam")
+    again = kt.Model(loaded.net, device="cpu")
+    again.compile("cross_entropy", "adam")
+    with pytest.raises(ValueError, match="strict"):
+        loaded.load_weights(tmp_path / "a.pt", strict="no")  # type: ignore[arg-type]
+    assert loaded.load_weights(tmp_path / "a.pt").ok
+    loaded.compile("cross_entropy", "adam")
+    assert loaded.optimizer is not None
+    assert not loaded.optimizer.state
+    assert equal(loaded.net.state_dict(), model.net.state_dict())
+
+
+def test_a_net_that_does_not_fit_has_a_way_out_that_is_there(tmp_path: Path) -> None:
+    make_model().save(tmp_path / "a.pt")
+    net = make_net(7)
+    net.body[0].register_buffer("extra", torch.ones(1))
+    with pytest.raises(ValueError, match=r"Model\(net\)\.load_weights\(path, strict=False\) would load what fits"):
+        kt.Model.load(tmp_path / "a.pt", net, device="cpu")
+    assert kt.Model(net, device="cpu").load_weights(tmp_path / "a.pt", strict=False).missing == ["body.0.extra"]
+
+
+def test_a_scheduler_on_one_side_alone_is_told_plainly(tmp_path: Path) -> None:
+    arguments = {**OWN, "mixed_precision": None}
+    model = make_model(**{**arguments, "lr_scheduler": None})
+    model.save(tmp_path / "a.pt")
+    loaded = kt.Model.load(tmp_path / "a.pt", make_net(7), device="cpu")
+    with pytest.raises(ValueError, match="checkpoint has no lr_scheduler, this run's is StepLR"):
+        loaded.compile(**arguments)
+
+
+def trained_elsewhere(**others: Any) -> tuple[dict[str, Any], torch.optim.Optimizer]:
+    """Return what the ImageNet example and its like save, and the optimizer whose states are in it."""
+    net = make_net()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+    scheduler = step_lr(optimizer)
+    for _ in range(2):
+        nn.functional.cross_entropy(net(data()[0]), data()[1]).backward()
+        optimizer.step()
+        scheduler.step()
+    weights, states = net.state_dict(), {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    return {"epoch": 2, "arch": "net", "state_dict": weights, "best_acc1": torch.tensor(0.5), **states}, optimizer
+
+
+@pytest.mark.parametrize("name", ["scheduler", "lr_scheduler", "scheduler_state_dict"])
+def test_states_under_the_names_of_the_imagenet_example_are_taken_over(tmp_path: Path, name: str) -> None:
+    content, optimizer = trained_elsewhere()
+    content[name] = content.pop("scheduler")
+    torch.save(content, tmp_path / "a.pt")
+    loaded = kt.Model.load(tmp_path / "a.pt", make_net(7), device="cpu")
+    loaded.save(tmp_path / "b.pt")  # hands the state on, and the weights once
+    assert not {"state_dict", "optimizer", "arch"} & set(torch.load(tmp_path / "b.pt", weights_only=True))
+    for path in (tmp_path / "a.pt", tmp_path / "b.pt"):
+        loaded = kt.Model.load(path, make_net(7), device="cpu")
+        with pytest.raises(ValueError, match="can't take over"):
+            loaded.compile("cross_entropy", "adam")
+        loaded.compile("cross_entropy", OWN["optimizer"], lr_scheduler=step_lr)
+        assert loaded.optimizer is not None
+        assert loaded.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"] == 0.1 * 0.5**2
+        momenta = [one.state_dict()["state"][0]["momentum_buffer"] for one in (loaded.optimizer, optimizer)]
+        assert torch.equal(*momenta)
+        compiled = loaded.compiled
+        assert compiled is not None
+        assert compiled.lr_scheduler.last_epoch == 2  # type: ignore[union-attr]
+
+
+def test_settings_under_the_name_of_a_state_are_none(tmp_path: Path) -> None:
+    content = trained_elsewhere()[0] | {"optimizer": {"name": "sgd", "lr": 0.1}, "scheduler": {"name": "step"}}
+    torch.save(content, tmp_path / "a.pt")
+    loaded = kt.Model.load(tmp_path / "a.pt", make_net(7), device="cpu")
+    loaded.compile("cross_entropy", "adam")
+
+
+def test_resume_says_what_such_a_file_lacks_and_what_takes_it(tmp_path: Path) -> None:
+    content = trained_elsewhere()[0]
+    torch.save(content, tmp_path / "a.pt")
+    takes = r"has no 'model_state_dict'.*Model\.load\(path, net\) takes its weights and, .* its optimizer's state"
+    with pytest.raises(CheckpointError, match=takes):
+        fit(make_model(), resume=tmp_path / "a.pt")
+    del content["optimizer"]
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"takes its weights\.$"):
+        fit(make_model(), resume=tmp_path / "a.pt")
+    torch.save({"epoch": 1, "net": {}}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"\(its keys: epoch, net\)\.$"):
+        fit(make_model(), resume=tmp_path / "a.pt")
+
+
+def plain(**others: Any) -> dict[str, Any]:
+    """Return what the usual recipe saves."""
+    model = make_model()
+    fit(model, 1)
+    assert model.optimizer is not None
+    weights, state = model.net.state_dict(), model.optimizer.state_dict()
+    return {"epoch": 0, "model_state_dict": weights, "optimizer_state_dict": state, "loss": 0.5, **others}
+
+
+def assert_plain_recipe(path: Path, content: dict[str, Any]) -> None:
+    loaded = kt.Model.load(path, make_net(7), device="cpu")
+    loaded.compile("cross_entropy", "adam")
+    assert equal(loaded.net.state_dict(), content["model_state_dict"])
+    assert loaded.optimizer is not None
+    assert loaded.optimizer.state_dict()["state"][0]["step"] == 3
+    resumed = make_model(3)
+    with pytest.warns(UserWarning, match="plain recipe"):
+        history = fit(resumed, 2, resume=path)
+    assert history.epoch == [1]
+
+
+NUMPY_TYPES = ("bool_", "int8", "int16", "int32", "int64", "uint8", "uint64", "float16", "float32", "float64")
+
+
+@pytest.mark.parametrize("module", ["numpy._core.multiarray", "numpy.core.multiarray"])
+def test_numbers_of_numpy_s_come_as_python_s(tmp_path: Path, module: str) -> None:
+    values: dict[str, Any] = {name: getattr(np, name)(1) for name in NUMPY_TYPES}
+    values |= {"complex64": np.complex64(1 - 2j), "loss": np.mean([0.25, 0.5]), "nested": [{"a": np.float64("nan")}]}
+    content = plain(**values)
+    torch.save(content, tmp_path / "a.pt")
+    own = np.float64(0).__reduce__()[0].__module__
+    path = tmp_path / "b.pt"
+    rename_in_archive(tmp_path / "a.pt", path, f"c{own}\n".encode(), f"c{module}\n".encode())
+    read = read_checkpoint(path)
+    for key, value in values.items():
+        if key != "nested":
+            assert type(read[key]) is type(value.item())
+            assert read[key] == value
+    assert type(read["nested"][0]["a"]) is float
+    assert np.isnan(read["nested"][0]["a"])
+    assert_plain_recipe(path, content)
+    kt.Model.load(path, make_net(), device="cpu").save(tmp_path / "c.pt")
+    assert not any("numpy" in str(one) for one in torch.serialization.get_safe_globals())
+
+
+def rename_in_archive(source: Path, path: Path, old: bytes, new: bytes) -> None:
+    with zipfile.ZipFile(source) as archive, zipfile.ZipFile(path, "w") as other:
+        for entry in archive.infolist():
+            data = archive.read(entry)
+            is_pickle = entry.filename.endswith("data.pkl")
+            assert old in data or not is_pickle
+            other.writestr(entry.filename, data.replace(old, new) if is_pickle else data)
+
+
+class Forged:
+    """Pickles as a call of one of numpy's functions, then as what sets its state."""
+
+    def __init__(self, *reduced: Any) -> None:
+        self.reduced = reduced
+
+    def __reduce__(self) -> Any:
+        return self.reduced
+
+
+def scalar(dtype: Any, data: Any) -> Forged:
+    return Forged(np.float64(0).__reduce__()[0], (dtype, data))
+
+
+def dtype(*state: Any, code: Any = "f8") -> Forged:
+    return Forged(np.dtype, (code, False, True), state or (3, "<", None, None, None, -1, -1, 0))
+
+
+FORGED_NUMBERS: dict[str, Any] = {
+    "dtype alone": np.dtype("f8"),
+    "text": np.str_("a"),
+    "object": scalar(np.dtype("O"), [1]),
+    "object by name": scalar(dtype(code="O"), b"12345678"),
+    "fields with pointers": scalar(dtype(3, "|", None, ("a",), {"a": ("O", 0)}, 8, 1, 0, code="V8"), b"12345678"),
+    "code that is no text": scalar(dtype(code=["f8"]), b"12345678"),
+    "code of 2**40 leaves": scalar(dtype(code=functools.reduce(lambda value, _: [value, value], range(40), [1])), b""),
+    "code that is long": scalar(dtype(code="f8" * 10**6), b"12345678"),
+    "order": scalar(dtype(3, "f8,", None, None, None, -1, -1, 0), b"12345678"),
+    "no state": scalar(dtype(3), b"12345678"),
+    "too few bytes": scalar(dtype(), b"1234"),
+    "too many bytes": scalar(dtype(), b"1" * 16),
+    "no bytes": scalar(dtype(), 3),
+    "tensor for bytes": scalar(dtype(), torch.zeros(8)),
+    "array": np.zeros(3),
+    "datetime": np.datetime64(3, "s"),
+    "long double": np.longdouble(1),
+}
+
+
+@pytest.mark.parametrize("case", FORGED_NUMBERS)
+def test_what_is_no_plain_number_of_numpy_s_is_refused(tmp_path: Path, case: str) -> None:
+    torch.save({"epoch": 0, "value": FORGED_NUMBERS[case]}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt") as raised:
+        read_checkpoint(tmp_path / "a.pt")
+    assert len(str(raised.value)) < 500
+
+
+def test_what_the_user_allowed_of_numpy_s_stays_his(tmp_path: Path) -> None:
+    torch.save({"value": np.float64(2)}, tmp_path / "a.pt")
+    allowed = [np.dtype, np.float64(0).__reduce__()[0], type(np.dtype("f8"))]
+    with torch.serialization.safe_globals(allowed):
+        assert type(read_checkpoint(tmp_path / "a.pt")["value"]) is np.float64
+        assert set(allowed) <= set(torch.serialization.get_safe_globals())
+
+
+@pytest.mark.parametrize("verb", ["load", "load_weights", "resume"])
+def test_torch_s_older_format_is_named_and_can_be_rewritten(tmp_path: Path, verb: str) -> None:
+    content, path = plain(), tmp_path / "a.pt"
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+    model = make_model(3)
+    verbs: dict[str, Any] = {
+        "load": lambda: kt.Model.load(path, make_net(7), device="cpu"),
+        "load_weights": lambda: model.load_weights(path),
+        "resume": lambda: fit(model, resume=path),
+    }
+    with pytest.raises(
+        CheckpointError, match=r"before 1\.6.*torch\.save\(torch\.load\(path, map_location='cpu'\), path\)"
+    ):
+        verbs[verb]()
+    torch.save(torch.load(path, map_location="cpu"), path)
+    assert_plain_recipe(path, content)
+
+
+@pytest.mark.parametrize("run", [{"id": 3}, {}, {"step": 9, "epochs": 2}, "brave-owl-7", None, [1]])
+def test_a_run_of_the_user_s_own_leaves_a_plain_recipe(tmp_path: Path, run: Any) -> None:
+    content = plain(run=run)
+    torch.save(content, tmp_path / "a.pt")
+    assert_plain_recipe(tmp_path / "a.pt", content)
+
+
+@pytest.mark.parametrize("verb", ["load", "resume"])
+def test_a_run_of_ours_that_is_incomplete_is_refused(tmp_path: Path, verb: str) -> None:
+    model = make_model()
+    model.save(tmp_path / "a.pt")
+    content = torch.load(tmp_path / "a.pt", weights_only=True)
+    verbs: dict[str, Any] = {
+        "load": lambda path: kt.Model.load(path, make_net(), device="cpu"),
+        "resume": lambda path: fit(model, resume=path),
+    }
+    for without in ("step", "history", "stop_training"):
+        run = {key: value for key, value in content["run"].items() if key != without}
+        for rest in (content, {key: content[key] for key in ("model_state_dict", "optimizer_state_dict", "epoch")}):
+            torch.save({**rest, "run": run}, tmp_path / "b.pt")
+            with pytest.raises(CheckpointError, match="no checkpoint that a run wrote"):
+                verbs[verb](tmp_path / "b.pt")
+
+
+@pytest.mark.parametrize("name", ["model_state_dict", "state_dict"])
+def test_a_file_with_an_object_beside_the_weights_loads_with_trust(tmp_path: Path, name: str) -> None:
+    content = plain(args=argparse.Namespace(lr=0.1), run={"id": 3})
+    content[name] = content.pop("model_state_dict")
+    path = tmp_path / "a.pt"
+    torch.save(content, path)
+    for act in (lambda: kt.Model.load(path, make_net()), lambda: make_model().load_weights(path)):
+        with pytest.raises(CheckpointError, match=r"argparse\.Namespace.*Model\.load\(path, net, trust=True\)"):
+            act()
+    with pytest.raises(CheckpointError, match=r"holds no net.*Model\.load\(path, net\)"):
+        kt.Model.load(path, trust=True)
+    loaded = kt.Model.load(path, make_net(7), trust=True, device="cpu")
+    assert equal(loaded.net.state_dict(), content[name])
+    loaded.save(tmp_path / "b.pt")
+    loaded.compile("cross_entropy", "adam")
+    assert loaded.optimizer is not None
+    assert loaded.optimizer.state_dict()["state"][0]["step"] == 3
 
 
 # ---- whole models ----
@@ -640,10 +926,11 @@ def test_a_whole_model_needs_trust(tmp_path: Path) -> None:
     model.save(tmp_path / "a.pt", whole=True)
     with pytest.raises(ValueError, match="needs the net"):
         kt.Model.load(tmp_path / "a.pt")
-    with pytest.raises(CheckpointError, match="could run code"):
+    with pytest.raises(CheckpointError, match=r"could run code.*trust=True.*leave net away"):
         kt.Model.load(tmp_path / "a.pt", make_net())
-    with pytest.raises(ValueError, match="leave net away"):
-        kt.Model.load(tmp_path / "a.pt", make_net(), trust=True)
+    net = make_net(7)
+    assert kt.Model.load(tmp_path / "a.pt", net, trust=True, device="cpu").net is net
+    assert equal(net.state_dict(), model.net.state_dict())
     model.save(tmp_path / "b.pt")
     with pytest.raises(CheckpointError, match="holds no net"):
         kt.Model.load(tmp_path / "b.pt", trust=True)
