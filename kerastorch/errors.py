@@ -22,6 +22,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" did you mean {' or '.join(repr(by_lower[match]) for match in near)}?" if near else ""
 
 
+def near_names(name: str, known: Iterable[str]) -> str:
+    """Return the end of a sentence: "; did you mean 'x'?" for names close to `name`, or a full stop."""
+    hint = did_you_mean(name, known)
+    return f";{hint}" if hint else "."
+
+
 def canonical(name: str) -> str:
     """Return a name as the tables spell it."""
     return name.strip().lower().replace("-", "_")
@@ -35,8 +41,7 @@ def look_up(kind: str, name: str, table: Mapping[str, T]) -> T:
     key = canonical(name)
     if key in table:
         return table[key]
-    hint = did_you_mean(key, table)
-    raise ValueError(f"{kind} {name!r} is not known;{hint} Known: {', '.join(sorted(table))}.")
+    raise ValueError(f"{kind} {name!r} is not known{near_names(key, table)} Known: {', '.join(sorted(table))}.")
 
 
 def check_choice(argument: str, value: object, choices: Iterable[object]) -> None:
@@ -44,8 +49,8 @@ def check_choice(argument: str, value: object, choices: Iterable[object]) -> Non
     choices = list(choices)
     if value in choices:
         return
-    hint = did_you_mean(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else ""
-    raise ValueError(f"{argument}={value!r} is not known;{hint} Use one of: {', '.join(map(repr, choices))}.")
+    hint = near_names(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else "."
+    raise ValueError(f"{argument}={value!r} is not known{hint} Use one of: {', '.join(map(repr, choices))}.")
 
 
 def check_int(argument: str, value: object, at_least: int = 1) -> None:

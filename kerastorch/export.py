@@ -46,7 +46,7 @@ from kerastorch.exported import (
     load_exported,
 )
 from kerastorch.lazy import lazy_names
-from kerastorch.trial import call_net, copy_net, make_example
+from kerastorch.trial import call_net, copy_net, make_example, refuse_made_floats
 
 if TYPE_CHECKING:
     from kerastorch.model import Model
@@ -108,7 +108,9 @@ def export_model(
         # Torch takes a length of 1 for one that never changes, and a tensor given twice for one input.
         x = _draw_rows(x, 2) if dynamic_batch and num_samples(x) == 1 else _clone(x)
         sizes = [1, num_samples(x) + 1] if dynamic_batch else [num_samples(x)]
-        form = _find_form(copy_net(model.net), x, dynamic_batch, input_names, output_names)
+        net = copy_net(model.net)
+        refuse_made_floats(net, example, "export(path, example)")
+        form = _find_form(net, x, dynamic_batch, input_names, output_names)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             written = Path(folder, path.name)

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from kerastorch.device import Nested, leaves, move_to_device, preserved_random_state
 from kerastorch.report import format_bytes, html_table
-from kerastorch.trial import call_net, copy_net, make_example
+from kerastorch.trial import call_net, copy_net, make_example, refuse_made_floats
 
 if TYPE_CHECKING:
     from kerastorch.model import Model
@@ -49,15 +49,18 @@ class Summary:
     """What summarize found; str() is a page, a notebook shows a table.
 
     rows: one for each module, in the order of the net.   trainable, frozen, shared: numbers of values in parameters,
-    each counted once; shared are those with several names.   Bytes: of parameters, of the gradients that training adds,
-    of buffers, and, for the input given, of it and of what layers without inner layers return.
-    flops: of one forward pass.   The last three are None without input.
+    each counted once; shared are those with several names.   lazy: how many parameters have no shape yet, in no figure.
+    Bytes: of parameters, of the gradients that training adds, of buffers, and, for the input given, of it and of what
+    layers without inner layers return.
+    flops: of one forward pass, as torch counts: some products of sparse matrices are left out, others are taken for
+    dense.   The last three are None without input.
     """
 
     rows: list[Row]
     trainable: int
     frozen: int
     shared: int
+    lazy: int
     parameter_bytes: int
     gradient_bytes: int
     buffer_bytes: int
@@ -93,7 +96,8 @@ class Summary:
 
     def _totals(self) -> Iterator[str]:
         shared = f"; {self.shared:,} of them shared, counted once" if self.shared else ""
-        yield f"Parameters: {self.parameters:,} ({self.trainable:,} trainable, {self.frozen:,} frozen){shared}."
+        lazy = f"; the shapes of {self.lazy:,} more are not known yet" if self.lazy else ""
+        yield f"Parameters: {self.parameters:,} ({self.trainable:,} trainable, {self.frozen:,} frozen){shared}{lazy}."
         parts = {
             "parameters": self.parameter_bytes,
             "their gradients": self.gradient_bytes,
@@ -114,16 +118,18 @@ def summarize(model: Model, x: Any = None) -> Summary:
     integers need a batch. None: no forward pass, thus no shapes and no FLOPs.
     Precision is the weights' own, whatever compile() was told. A multiply-add is two FLOPs. The net, its state and all
     random states are left as they were.
-    Raises TypeError for what is no input, ValueError for a size that can't be; an error in forward comes as it is.
+    Raises TypeError for what is no input and for a size where an embedding wants integers, ValueError for a size that
+    can't be; an error in forward comes as it is.
     """
     with preserved_random_state():
         net = copy_net(model.net)
         if x is None:
             return _summary(net, None, None)
-        x = move_to_device(make_example(x, net, "summary(x)"), model.device)
+        batch = move_to_device(make_example(x, net, "summary(x)"), model.device)
+        refuse_made_floats(net, x, "summary(x)")
         with torch.no_grad(), _slow_attention(), _Watch(net) as watch:
-            call_net(net, x)
-        return _summary(net, watch, sum(tensor.nbytes for tensor in _tensors(x)))
+            call_net(net, batch)
+        return _summary(net, watch, sum(tensor.nbytes for tensor in _tensors(batch)))
 
 
 @contextmanager
@@ -169,8 +175,14 @@ class _Watch:
         from torch.utils.flop_counter import FlopCounterMode  # it loads slowly
 
         aten = torch.ops.aten
-        recurrent = {aten.mkldnn_rnn_layer: _layer_flops, aten._cudnn_rnn: _cudnn_flops}  # torch counts none for these
-        self.counter = FlopCounterMode(display=False, custom_mapping=recurrent)
+        uncounted = {  # by torch
+            aten.mkldnn_rnn_layer: _layer_flops,
+            aten._cudnn_rnn: _cudnn_flops,
+            aten._trilinear: _bilinear_flops,
+            **dict.fromkeys((aten.mv, aten.dot, aten.vdot), _vector_flops),
+            **dict.fromkeys((aten.addmv, aten.addbmm), _added_flops),
+        }
+        self.counter = FlopCounterMode(display=False, custom_mapping=uncounted)
         for module in self.net.modules():
             if not isinstance(module, torch.jit.ScriptModule):  # which takes no hooks
                 module.register_forward_pre_hook(self._before)
@@ -211,6 +223,21 @@ def _cudnn_flops(x: Sequence[int], weights: Sequence[Sequence[int]], *args: Any,
     return 2 * prod(x[:-1]) * sum(prod(shape) for shape in weights if len(shape) == 2)
 
 
+def _bilinear_flops(x: Sequence[int], w: Sequence[int], y: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """x (n, i) with each of the matrices of w (outputs, i, j), and then with y (n, j); F.bilinear alone calls it."""
+    return 2 * x[0] * (prod(w) + w[0] * w[2])
+
+
+def _vector_flops(a: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Of a matrix or vector with a vector."""
+    return 2 * prod(a)
+
+
+def _added_flops(added: Any, a: Sequence[int], b: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """Of a product that is added to something: b is a vector, or the matrices of a batch."""
+    return 2 * prod(a) * (b[-1] if len(b) == 3 else 1)
+
+
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
@@ -245,6 +272,7 @@ def _summary(net: nn.Module, watch: _Watch | None, input_bytes: int | None) -> S
         trainable=_count(trainable),
         frozen=_count(parameters) - _count(trainable),
         shared=sum(p.numel() for p in parameters if names.count(id(p)) > 1),
+        lazy=sum(isinstance(p, UninitializedParameter) for p in net.parameters()),
         parameter_bytes=sum(p.nbytes for p in parameters),
         gradient_bytes=sum(p.nbytes for p in trainable),
         buffer_bytes=sum(b.nbytes for b in net.buffers() if not isinstance(b, UninitializedParameter)),

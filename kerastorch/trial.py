@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -34,11 +35,12 @@ def make_example(x: Any, net: nn.Module, verb: str) -> Nested:
             if length is None:
                 raise ValueError(f"input size {x} needs a number for each axis, the batch too: {(1, *x[1:])}, say.")
             check_int("each axis of an input size", length)
+        x = tuple(map(int, x))
         dtype = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.get_default_dtype())
-        return torch.rand(tuple(x)).to(dtype)
+        return torch.rand(x).to(dtype)
     if isinstance(x, Mapping):
         return {key: make_example(item, net, verb) for key, item in x.items()}
-    if isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence):
+    if _is_list(x):
         items = [make_example(item, net, verb) for item in x]
         return items if isinstance(x, list) else tuple(items)
     if isinstance(x, (Tensor, PackedSequence)) or hasattr(x, "__array__"):
@@ -49,12 +51,42 @@ def make_example(x: Any, net: nn.Module, verb: str) -> Nested:
     )
 
 
+def refuse_made_floats(net: nn.Module, x: Any, verb: str) -> None:
+    """Where x holds a size, let the embeddings of net, a copy, say that the floats made of it are none for them."""
+    if not _has_size(x):
+        return
+
+    def check(module: nn.Module, args: Any) -> None:
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            raise TypeError(
+                f"{verb} makes random floats of a size, but {type(module).__name__} takes integers: give a batch of "
+                f"them in place of the size, such as torch.zeros({tuple(args[0].shape)}, dtype=torch.long)."
+            )
+
+    for module in net.modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+            module.register_forward_pre_hook(check)
+
+
 def call_net(net: Any, x: Nested) -> Any:
     """Return net(x), net(*x) or net(**x), by the kind of x, as the loops call it."""
     if isinstance(x, dict):
         return net(**x)
-    return net(*x) if isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence) else net(x)
+    return net(*x) if _is_list(x) else net(x)
 
 
 def _is_size(x: Any) -> bool:
-    return isinstance(x, (tuple, list)) and len(x) > 0 and all(n is None or isinstance(n, int) for n in x)
+    return _is_list(x) and len(x) > 0 and all(n is None or _is_int(n) for n in x)
+
+
+def _is_int(n: Any) -> bool:
+    return isinstance(n, Integral) and not isinstance(n, bool)  # numpy's are Integral
+
+
+def _has_size(x: Any) -> bool:
+    parts = x.values() if isinstance(x, Mapping) else x if _is_list(x) else []
+    return _is_size(x) or any(map(_has_size, parts))
+
+
+def _is_list(x: Any) -> bool:
+    return isinstance(x, (tuple, list)) and not isinstance(x, PackedSequence)

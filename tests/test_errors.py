@@ -21,7 +21,7 @@ def test_look_up_of_an_unknown_name_says_kind_name_near_match_and_all_known() ->
 
 
 def test_look_up_far_from_everything_gives_no_near_match() -> None:
-    with pytest.raises(ValueError, match="'zzzz' is not known; Known: adam") as raised:
+    with pytest.raises(ValueError, match=r"'zzzz' is not known\. Known: adam") as raised:
         look_up("optimizer", "zzzz", TABLE)
     assert "did you mean" not in str(raised.value)
 
@@ -51,8 +51,8 @@ def test_check_choice_lets_a_choice_pass(value: object) -> None:
     ("value", "message"),
     [
         ("atuo", "verbose='atuo' is not known; did you mean 'auto'? Use one of: 'auto', 0, 1, 2."),
-        (3, "verbose=3 is not known; Use one of: 'auto', 0, 1, 2."),
-        (None, "verbose=None is not known; Use one of: 'auto', 0, 1, 2."),
+        (3, "verbose=3 is not known. Use one of: 'auto', 0, 1, 2."),
+        (None, "verbose=None is not known. Use one of: 'auto', 0, 1, 2."),
     ],
 )
 def test_check_choice_names_argument_value_and_choices(value: object, message: str) -> None:

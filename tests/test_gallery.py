@@ -2,6 +2,36 @@
 
 The comment at each figure says what it was when measured: trained from three to five seeds, worst and best;
 then untrained, the best.
+
+module                                loops      saved  exported  graph
+mlp, Sequential                       all three  yes    yes       yes
+mlp, subclass                         all three  yes    yes       yes
+mlp, containers                       all three  yes    yes       yes
+mlp that ends in ReLU                 all three  yes    yes       yes
+heads in a ModuleDict                 all three  yes    yes       yes
+net that ends in softmax              all three  yes    yes       yes
+tagger, padded                        all three  yes    yes       refused
+tagger that packs                     all three  yes    refused   refused
+tagger of packed batches              all three  yes    refused   refused
+Transformer with masks                all three  yes    yes       yes
+Linear used twice                     all three  yes    yes       yes
+Linear in two places                  all three  yes    yes       yes
+head tied to the embedding            all three  yes    yes       yes
+layer without parameters, own linear  all three  yes    yes       yes
+norm, dropout, pooling in 1-D         all three  yes    yes       yes
+norm, dropout, pooling in 2-D         all three  yes    yes       yes
+norm, dropout, pooling in 3-D         all three  yes    yes       yes
+lazy, materialised                    all three  yes    yes       yes
+autoencoder                           all three  yes    yes       yes
+Siamese                               all three  yes    yes       yes
+sparse bag, SparseAdam                all three  yes    yes       refused
+sparse embedding, dense head          all three  yes    yes       refused
+frozen backbone                       all three  yes    yes       yes
+LeNet                                 all three  yes    yes       yes
+conv net for colours                  all three  yes    yes       yes
+resnet18                              all three  yes    yes       not run
+resnet18, frozen backbone             all three  yes    yes       not run
+vgg16, frozen                         script     yes    yes       not run
 """
 
 import copy
@@ -874,33 +904,17 @@ def test_lazy_weights_get_their_shapes_at_the_first_batch(optimizer: Any) -> Non
 
 # ---- the loop that is one graph ----
 
-GRAPHS = (
-    *("mlp, containers", "Linear used twice", "norm, dropout, pooling in 2-D"),
-    *("Siamese", "head tied to the embedding"),
-)
+RNNS = "torch.compile does not trace nn.RNN, nn.LSTM and nn.GRU"
 REFUSED = {
-    "tagger, padded": "torch.compile does not trace nn.RNN, nn.LSTM and nn.GRU",
-    "tagger that packs": "torch.compile does not trace nn.RNN, nn.LSTM and nn.GRU",
-    "tagger of packed batches": "torch.compile does not trace nn.RNN, nn.LSTM and nn.GRU",
+    "tagger, padded": RNNS,
+    "tagger that packs": RNNS,
+    "tagger of packed batches": RNNS,
     "sparse bag, SparseAdam": "Attempted to wrap sparse Tensor",
     "sparse embedding, dense head": "Attempted to wrap sparse Tensor",
 }
-LIKE = {
-    "mlp, Sequential": "mlp, containers",
-    "mlp, subclass": "mlp, containers",
-    "mlp that ends in ReLU": "mlp, containers",
-    "net that ends in softmax": "mlp, containers",
-    "autoencoder": "mlp, containers",
-    "layer without parameters, own linear": "mlp, containers",
-    "lazy, materialised": "norm, dropout, pooling in 2-D",
-    "norm, dropout, pooling in 1-D": "norm, dropout, pooling in 2-D",
-    "norm, dropout, pooling in 3-D": "norm, dropout, pooling in 2-D",
-    "frozen backbone": "norm, dropout, pooling in 2-D",
-    "LeNet": "norm, dropout, pooling in 2-D",
-    "conv net for colours": "norm, dropout, pooling in 2-D",
-    "Linear in two places": "Linear used twice",
-    "heads in a ModuleDict": "Siamese",
-}
+NOT_COMPILED = ("resnet18", "resnet18, frozen backbone", "vgg16, frozen")  # the time it takes
+# Weights nudged by 1e-7 move the losses of its later epochs by 5 % in any loop, and the graph's Adam counts in float32.
+UNSTABLE = ("conv net for colours",)
 
 
 @pytest.fixture
@@ -921,12 +935,13 @@ def test_every_module_in_the_graph_loop_reaches_its_figure_or_is_refused(name: s
         with pytest.raises(ValueError, match=REFUSED[name]):
             train(name, "graph")
         return
-    if name not in GRAPHS:
-        pytest.skip(f"compiles as {LIKE[name]!r} does" if name in LIKE else "compiling it takes a minute")
+    if name in NOT_COMPILED:
+        pytest.skip("compiling it takes a minute")
     result = train(name, "graph")
     assert reaches(PIECES[name], result.figures), result.figures
-    expected = trained(name, "script").history["loss"]
-    assert result.history["loss"] == pytest.approx(expected, rel=0.02)
+    epochs = slice(1) if name in UNSTABLE else slice(None)
+    expected = trained(name, "script").history["loss"][epochs]
+    assert result.history["loss"][epochs] == pytest.approx(expected, rel=0.02)
 
 
 # ---- saved, loaded, exported ----
@@ -948,7 +963,7 @@ def inputs_of(name: str) -> Any:
     return tuple(value[:4] for value in x) if isinstance(x, tuple) else x[:4]
 
 
-@pytest.mark.parametrize("name", slow_if_large)
+@pytest.mark.parametrize("name", [*slow_if_large, pytest.param("vgg16, frozen", marks=slow)])
 def test_every_module_is_saved_and_loaded_to_the_bit(name: str, tmp_path: Any) -> None:
     piece, x = PIECES[name], inputs_of(name)
     seed(0)
@@ -977,8 +992,8 @@ def exports() -> list[Any]:
     """ONNX takes two seconds each: quick are the ones with several inputs, outputs, and loops of their own."""
     quick = ("tagger, padded", "heads in a ModuleDict", "Transformer with masks", "Linear in two places", "Siamese")
     cases = []
-    for name in (*SMALL, *LARGE):
-        cases.append(pytest.param(name, ".pt2", marks=[slow] if name in LARGE else []))
+    for name in PIECES:
+        cases.append(pytest.param(name, ".pt2", marks=[] if name in SMALL else [slow]))
         cases.append(pytest.param(name, ".onnx", marks=[] if name in quick else [slow]))
     return cases
 
@@ -1004,3 +1019,17 @@ def test_every_module_is_exported_and_predicts_as_before_or_is_refused(name: str
     parts, others = (list(p.values()) if isinstance(p, dict) else [p] for p in (expected, found))
     for one, another in zip(parts, others, strict=True):
         np.testing.assert_allclose(another, one, atol=1e-5, rtol=1e-5)
+
+
+def table() -> str:
+    """What the tests above do with each piece."""
+    rows = [("module", "loops", "saved", "exported", "graph")]
+    for name in PIECES:
+        loops = "all three" if name in SMALL | LARGE else "script"
+        graph = "refused" if name in REFUSED else "not run" if name in NOT_COMPILED else "yes"
+        rows.append((name, loops, "yes", "refused" if name in NOT_EXPORTED else "yes", graph))
+    return "\n".join(f"{row[0]:38}{row[1]:11}{row[2]:7}{row[3]:10}{row[4]}" for row in rows)
+
+
+def test_the_table_on_top_is_what_the_tests_do() -> None:
+    assert f"\n{table()}\n" in __doc__

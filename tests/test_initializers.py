@@ -90,6 +90,53 @@ def test_a_type_reaches_subclasses_own_types_and_all_matrices_of_a_recurrent_lay
     assert torch.allclose(recurrent.T @ recurrent, torch.eye(2), atol=1e-6)
 
 
+@pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("rule", ["normal", lambda tensor: torch.ones(5, 3)])
+def test_a_layer_type_leaves_the_padding_row_zero_and_a_glob_fills_it(layer, rule):
+    net = nn.ModuleDict({"words": layer(5, 3, padding_idx=-2), "head": nn.Linear(3, 5)})
+    net["head"].weight = net["words"].weight
+    for pattern in (layer, "nn.Linear"):
+        nn.init.zeros_(net["words"].weight)
+        kt.initialize(net, {pattern: rule})
+        assert (net["words"].weight != 0).all(1).tolist() == [True, True, True, False, True]
+    kt.initialize(net, {"words.weight": rule})
+    assert (net["words"].weight != 0).all()
+
+
+def test_a_function_s_own_tensor_keeps_its_padding_row():
+    pretrained = torch.ones(5, 3)
+    kt.initialize(nn.Embedding(5, 3, padding_idx=0), {"nn.Embedding": lambda tensor: pretrained})
+    assert torch.equal(pretrained, torch.ones(5, 3))
+
+
+def test_only_biases_are_left_out_of_a_layer_s_rule():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            for name in ("bias", "q_bias", "bias_scale", "unbiased", "bias_ihx"):
+                self.register_parameter(name, nn.Parameter(torch.zeros(2)))
+
+    net = Scaled()
+    kt.initialize(net, {"Scaled": "ones"})
+    assert {name for name, value in net.named_parameters() if value.any()} == {"bias_scale", "unbiased", "bias_ihx"}
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.LSTM(2, 3, num_layers=2, bidirectional=True),
+        nn.GRUCell(2, 3),
+        nn.MultiheadAttention(4, 2, add_bias_kv=True),
+        nn.Bilinear(2, 3, 4),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_no_bias_of_torch_s_layers_is_reached_by_their_type(layer):
+    before = state(layer)
+    kt.initialize(layer, {type(layer): 3.0})
+    assert changed(before, layer) == {name for name, _ in layer.named_parameters(recurse=False) if "bias" not in name}
+
+
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
@@ -173,6 +220,26 @@ def fails_late(tensor: torch.Tensor) -> None:
         ({"nn.Linaer": "ones"}, ValueError, "'nn.Linaer' matches no layer type and no parameter; did you mean 'nn.Lin"),
         ({"4.wieght": "ones"}, ValueError, r"'4.wieght' matches no .* did you mean '4.weight'.*Layer types: BatchNorm"),
         ({nn.GRU: "ones"}, ValueError, "pattern GRU matches no layer type"),
+        ({"[ab]zzz": "ones"}, ValueError, r"'\[ab\]zzz' matches no layer type and no parameter\. Layer types: BatchN"),
+        ({"zzz.weight*": "ones", 0: "ones"}, TypeError, r"a pattern must be a layer type or a string, .* got 0\."),
+        ({int: "ones"}, TypeError, "a pattern must be a layer type or a string, .* got <class 'int'>"),
+        ({"nn.Conv*": "ones"}, ValueError, r"parameter; a layer type is no glob: give 'Conv1d' a rule each\. Layer t"),
+        ({"*Norm*": "ones", "*.weight": 0}, ValueError, "a layer type is no glob: give 'BatchNorm1d' a rule each"),
+        ({"nn.Convv": "ones"}, ValueError, r"did you mean 'nn.Conv1d' or 'torch.nn.Conv1d'\?"),
+        ({"nn.Linear": "zzz"}, ValueError, r"initializer 'zzz' is not known\. Known: constant, "),
+        ({"nn.Linear": ("normal", {"zzz": 1})}, ValueError, r"'normal' has no argument 'zzz'\. Known: mean, std"),
+        (
+            {"nn.Linear": ("uniform", {"a": 2, "b": 1})},
+            ValueError,
+            r"'nn.Linear' can't fill '3.weight' .*from=2 > to=1\.",
+        ),
+        (
+            {"nn.Linear": ("normal", {"std": "a"})},
+            TypeError,
+            "'nn.Linear' can't fill '3.weight' .*must be float, not str",
+        ),
+        ({"nn.Linear": ("trunc_normal", {"std": 0})}, ValueError, "can't fill '3.weight' .*division by zero"),
+        ({"nn.Linear": partial(nn.init.normal_, std=-1)}, ValueError, "can't fill '3.weight' .*std >= 0.0"),
         ({"nn.Flatten": "ones"}, ValueError, "'nn.Flatten' matches layers that have no parameters"),
         ({"nn.Linear": "xavier_unifrom"}, ValueError, "did you mean 'xavier_uniform'"),
         ({"nn.Linear": ("normal", {"sdt": 1})}, ValueError, "'normal' has no argument 'sdt'; did you mean 'std'"),
@@ -202,8 +269,28 @@ def test_what_is_no_net_no_rules_or_not_yet_shaped_is_refused():
     parametrized = nn.Sequential(nn.Linear(2, 2), nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match=r"'nn.Linear' matches '1', whose parameters are parametrized"):
         kt.initialize(parametrized, {"nn.Linear": "ones"})
+    with pytest.raises(
+        ValueError, match=r"call initialize\(\) before that.*Parameters: 1.bias, 1.parametrizations.weight"
+    ):
+        kt.initialize(parametrized, {"nn.Linear": "ones"})
+    with pytest.raises(ValueError, match=r"seed must be at most 2\*\*64 - 1, got 1180591620717411303424"):
+        kt.initialize(nn.Linear(2, 2), {"weight": "ones"}, seed=2**70)
+    with pytest.raises(ValueError, match=r"'weight' of shape \(2, 2\): .*Half.*Call initialize\(\) before .half\(\)"):
+        kt.initialize(nn.Linear(2, 2).half(), {"nn.Linear": "orthogonal"})
     with pytest.raises(ValueError, match="shape of 'weight' is not known yet"):
         kt.initialize(nn.LazyLinear(2), {"nn.Linear": "ones"})
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    ("wrap", "made_of"), [(nn.utils.weight_norm, "weight_g, weight_v"), (nn.utils.spectral_norm, "weight_orig")]
+)
+def test_the_older_parametrizations_are_refused_too(wrap, made_of):
+    net = wrap(nn.Linear(2, 2))
+    before = state(net)
+    with pytest.raises(ValueError, match=f"'nn.Linear' matches 'the net', .* by globs. Parameters: bias, {made_of}"):
+        kt.initialize(net, {"nn.Linear": "ones"})
+    assert_same(before, net.state_dict())
 
 
 def test_a_function_is_returned_as_it_is():

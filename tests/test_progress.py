@@ -124,7 +124,7 @@ def test_process_without_stderr_gets_a_line(monkeypatch: pytest.MonkeyPatch) -> 
     ("verbose", "message"),
     [
         ("atuo", "verbose='atuo' is not known; did you mean 'auto'"),
-        (3, "verbose=3 is not known; Use one of: 'auto', 0, 1, 2"),
+        (3, r"verbose=3 is not known\. Use one of: 'auto', 0, 1, 2"),
     ],
 )
 def test_unknown_verbose_is_refused(verbose: Any, message: str) -> None:

@@ -104,6 +104,7 @@ class Add(nn.Module):
         {"b": (2, 4), "a": torch.Size((2, 3))},
         {"a": np.zeros((2, 3)), "b": torch.zeros(2, 4)},
         ((2, 3), torch.zeros(2, 4)),
+        (tuple(np.array([2, 3])), [np.int32(2), 4]),
     ],
 )
 def test_several_inputs_come_as_tuple_list_or_dict_of_sizes_or_tensors(x):
@@ -127,6 +128,32 @@ def test_recurrent_layers_count_every_step_and_matrix(layer, gates):
     assert summary.flops == 2 * 20 * 2 * gates * 16 * ((8 + 16) + (32 + 16))
 
 
+def test_bilinear_layers_count_the_products_with_both_inputs():
+    summary = summary_of(nn.Bilinear(3, 4, 5), ((6, 7, 3), (6, 7, 4)))
+    assert summary.flops == 2 * 42 * 5 * (3 * 4 + 4)
+
+
+@pytest.mark.parametrize(
+    ("product", "flops"),
+    [
+        (lambda x: x @ x[0, 0], 2 * 24),
+        (lambda x: x[0] @ x[0, 0], 2 * 12),
+        (lambda x: x[0, 0] @ x[0, 0], 2 * 4),
+        (lambda x: torch.vdot(x[0, 0], x[0, 0]), 2 * 4),
+        (lambda x: torch.addmv(x[0, :, 0], x[0], x[0, 0]), 2 * 12),
+        (lambda x: torch.addbmm(x[0, :, :3], x, x.mT), 2 * 2 * 3 * 4 * 3),
+        (lambda x: torch.einsum("nij,j->ni", x, x[0, 0]), 2 * 24),
+        (lambda x: nn.functional.linear(x, x[0, 0]), 2 * 24),
+    ],
+)
+def test_products_with_vectors_count(product, flops):
+    class Product(nn.Module):
+        def forward(self, x):
+            return product(x)
+
+    assert summary_of(Product(), (2, 3, 4)).flops == flops
+
+
 def test_a_transformer_layer_is_seen_through():
     was_enabled = torch.backends.mha.get_fastpath_enabled()
     layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
@@ -139,8 +166,13 @@ def test_a_transformer_layer_is_seen_through():
 
 def test_a_lazy_net_is_shaped_in_the_copy_only():
     net = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
-    assert row(summary_of(net), "0").notes.startswith("weight's shape is not known yet")
-    assert summary_of(net, (3, 5)).parameters == 24 + 10
+    summary = summary_of(net)
+    assert row(summary, "0").notes.startswith("weight's shape is not known yet")
+    assert (summary.parameters, summary.lazy) == (10, 2)
+    assert "Parameters: 10 (10 trainable, 0 frozen); the shapes of 2 more are not known yet." in str(summary)
+    summary = summary_of(net, (3, 5))
+    assert (summary.parameters, summary.lazy) == (24 + 10, 0)
+    assert "not known" not in str(summary)
     assert isinstance(net[0], nn.LazyLinear)
     assert net[0].has_uninitialized_params()
 
@@ -223,6 +255,31 @@ def test_a_notebook_shows_the_same_cells():
 def test_what_is_no_input_is_refused(x, error, match):
     with pytest.raises(error, match=match):
         summary_of(nn.Linear(3, 2), x)
+
+
+class Words(nn.Module):
+    """Adds an embedding of places, asked first, to x, or to one of it where x is integers."""
+
+    def __init__(self):
+        super().__init__()
+        self.place = nn.Embedding(5, 3)
+        self.words = nn.Embedding(9, 3, padding_idx=0)
+
+    def forward(self, x, is_words):
+        return self.place(torch.arange(5)) + (self.words(x) if is_words.any() else x)
+
+
+def test_a_size_where_an_embedding_wants_integers_is_refused_with_a_batch_to_give():
+    message = r"summary\(x\) makes .* but Embedding takes integers: .* torch.zeros\(\(2, 5\), dtype=torch.long\)"
+    with pytest.raises(TypeError, match=message):
+        summary_of(nn.Sequential(nn.Embedding(9, 3), nn.Linear(3, 2)), (2, 5))
+    with pytest.raises(TypeError, match="but EmbeddingBag takes integers"):
+        summary_of(nn.EmbeddingBag(9, 3), [(2, 5)])
+    with pytest.raises(TypeError, match=message):
+        summary_of(Words(), {"x": (2, 5), "is_words": torch.ones(1)})
+    assert summary_of(Words(), {"x": (2, 5, 3), "is_words": torch.zeros(1)}).rows[0].output == "(2, 5, 3)"
+    with pytest.raises(RuntimeError, match="indices"):  # torch's own
+        summary_of(nn.Embedding(9, 3), torch.zeros(2, 5))
 
 
 def test_an_error_in_forward_comes_as_it_is():
