@@ -135,6 +135,7 @@ def test_a_fixed_batch_takes_that_many_rows_alone(suffix: str, tmp_path: Path) -
         loaded(ROWS)
 
 
+@pytest.mark.slow
 def test_files_run_in_plain_torch_and_onnxruntime_without_kerastorch(tmp_path: Path) -> None:
     model = kt.Model(small(), device="cpu")
     for suffix in SUFFIXES:
@@ -265,6 +266,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_is_an_error_and_leaves_the_earlier_file(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, "net.pt2", "net.onnx"],
