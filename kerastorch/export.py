@@ -5,6 +5,7 @@ Sister: exported.py, which loads such files.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import math
@@ -142,10 +143,8 @@ def _check_path(path: Path, input_names: object, output_names: object, aot_induc
         if aot_inductor:
             raise ValueError(f"aot_inductor=True makes a '.pt2' file, got {str(path)!r}.")
         import_onnxruntime()
-        try:
-            import onnxscript  # noqa: F401
-        except ImportError as error:
-            raise ImportError("export() to '.onnx' needs onnxscript: pip install 'kerastorch[export]'.") from error
+        if importlib.util.find_spec("onnxscript") is None:
+            raise ImportError("export() to '.onnx' needs onnxscript: pip install 'kerastorch[export]'.")
     elif input_names is not None or output_names is not None:
         raise ValueError(
             "input_names and output_names are for '.onnx' files; a '.pt2' file is called as the net is, with its own "

@@ -329,7 +329,7 @@ def _restore_own(run: Run, content: Mapping[str, Any]) -> None:
     for optimizer in (
         run.optimizer.optimizers.values() if isinstance(run.optimizer, NamedOptimizers) else [run.optimizer]
     ):
-        optimizer._opt_called = run.step > 0  # type: ignore[attr-defined]  # or torch warns of a scheduler that steps first
+        vars(optimizer)["_opt_called"] = run.step > 0  # or torch warns of a scheduler that steps first
     run.history.load_state_dict(state["history"])
     run.earlier_history.load_state_dict(state["earlier_history"])
     if state["sums"] is not None:

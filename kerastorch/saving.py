@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -198,9 +198,9 @@ def _load_into(
     mismatched = {
         key: text for key in own if key in weights and (text := _misfit(own[key], weights[key], lazy.get(key)))
     }
-    fitting = copy.copy(weights)  # with its _metadata
+    fitting = cast("dict[str, Any]", copy.copy(weights))  # with its _metadata
     for key in mismatched:
-        del fitting[key]  # type: ignore[attr-defined]
+        del fitting[key]
     if strict and any(map(is_lazy, own.values())):  # which could not be put back
         loaded = [key for key in own if key in fitting]
         missing = [key for key in own if key not in weights]

@@ -925,28 +925,15 @@ INDUCED = (
 UNSTABLE = ("conv net for colours",)
 
 
-@pytest.fixture
-def compiler():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch._dynamo.reset()
-
-
 @slow
-@pytest.mark.usefixtures("compiler")
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.filterwarnings("default:.*:UserWarning", "default:.*:DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize("name", PIECES)
 def test_every_module_in_the_graph_loop_reaches_its_figure_or_is_refused(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, request: pytest.FixtureRequest
 ) -> None:
-    def compile_(function: Any, *, fullgraph: bool, dynamic: bool, options: Any) -> Any:
-        return plain_compile(function, fullgraph=fullgraph, dynamic=dynamic, backend="aot_eager")
-
-    plain_compile = torch.compile
     if name not in (*INDUCED, *REFUSED):
-        monkeypatch.setattr(torch, "compile", compile_)
+        request.getfixturevalue("only_traced")
     if name in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[name]):
             train(name, "graph")

@@ -13,29 +13,12 @@ from kerastorch.graph import CompiledStep
 from kerastorch.optimizers import OPTIMIZERS
 
 slow = pytest.mark.slow
-pytestmark = pytest.mark.filterwarnings("default:.*:UserWarning", "default:.*:DeprecationWarning")  # inductor's own
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("default:.*:UserWarning", "default:.*:DeprecationWarning"),  # inductor's own
+]
 X = torch.randn(67, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(67) % 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch._dynamo.reset()
-
-
-@pytest.fixture
-def only_traced(monkeypatch):
-    """Run the traced graph as torch would, without a compiler of C++, which takes seconds for each."""
-
-    def compile_(function, *, fullgraph, dynamic, options):
-        return plain_compile(function, fullgraph=fullgraph, dynamic=dynamic, backend="aot_eager")
-
-    plain_compile = torch.compile
-    monkeypatch.setattr(torch, "compile", compile_)
 
 
 def make_mlp():

@@ -9,17 +9,9 @@ from kerastorch.callbacks import EMA, ModelCheckpoint
 from kerastorch.loops import LOOPS
 
 slow = pytest.mark.slow
+pytestmark = pytest.mark.usefixtures("one_thread")
 X = torch.randn(67, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(67) % 3
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    torch._dynamo.reset()
 
 
 def make_net():

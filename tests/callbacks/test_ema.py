@@ -46,7 +46,7 @@ class Tied(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = torch.tanh(self.second(torch.tanh(self.first(x))))
-        return self.head(hidden)  # type: ignore[no-any-return]
+        return self.head(hidden)
 
 
 class Counting(nn.Module):
@@ -65,12 +65,12 @@ class Counting(nn.Module):
         if self.training:
             self.count += 1
             self.last.copy_(x[0])
-        return self.layer(x)  # type: ignore[no-any-return]
+        return self.layer(x)
 
 
 def frozen() -> nn.Module:
     net = plain()
-    for parameter in net[0].parameters():  # type: ignore[index]
+    for parameter in net[0].parameters():
         parameter.requires_grad_(False)
     return net
 
@@ -340,7 +340,7 @@ class Failing(TensorDataset):
 def test_training_weights_are_back_when_a_validation_batch_raises() -> None:
     model, ema, kept = make_model(), EMA(DECAY), []
     _, val = make_data()
-    rows = Failing(*val.dataset.tensors)  # type: ignore[attr-defined]
+    rows = Failing(*val.dataset.tensors)
 
     def arm(epoch: int, logs: Any) -> None:
         kept.append(weights_of(model.net))
@@ -638,7 +638,7 @@ class Locked(nn.Module):
         self.layer, self.lock = nn.Linear(6, 3), threading.Lock()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)  # type: ignore[no-any-return]
+        return self.layer(x)
 
 
 class Caching(nn.Module):
@@ -648,7 +648,7 @@ class Caching(nn.Module):
         self.cached = self.layer.weight * 2  # no leaf
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x)  # type: ignore[no-any-return]
+        return self.layer(x)
 
 
 @pytest.mark.parametrize("cls", [Locked, Caching])
@@ -683,7 +683,7 @@ def test_a_compiled_net_is_averaged_and_validated_on_its_average(in_place: bool,
     if in_place:
         net.compile(backend="eager")
     else:
-        net = torch.compile(net, backend="eager")  # type: ignore[assignment]
+        net = torch.compile(net, backend="eager")
     model = make_model(net)
     history = fit(model, [EMA(DECAY), ModelCheckpoint(path)])
     assert_same(torch.load(path, weights_only=True)["model_state_dict"], expected.net.state_dict())

@@ -1,27 +1,13 @@
 """A run killed again and again, also inside its writes, ends as one that lived, and its folder does not grow."""
 
-import importlib.util
 import random
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import resume_jobs as jobs  # loaded by conftest.py
 import torch
 
-
-def load_jobs() -> ModuleType:
-    if "resume_jobs" not in sys.modules:
-        spec = importlib.util.spec_from_file_location("resume_jobs", Path(__file__).with_name("resume_jobs.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules["resume_jobs"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["resume_jobs"])
-    return sys.modules["resume_jobs"]
-
-
-jobs = load_jobs()
 KILLED = -9
 
 

@@ -3,15 +3,13 @@
 import ast
 import csv
 import functools
-import importlib.util
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+import resume_jobs as jobs  # loaded by conftest.py
 import torch
 import torchmetrics
 from torch import Tensor, nn
@@ -39,18 +37,6 @@ from kerastorch.callbacks import (
     ReduceLROnPlateau,
 )
 
-
-def load_jobs() -> ModuleType:
-    if "resume_jobs" not in sys.modules:  # by this name a spawned worker finds it too
-        spec = importlib.util.spec_from_file_location("resume_jobs", Path(__file__).with_name("resume_jobs.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules["resume_jobs"] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["resume_jobs"])
-    return sys.modules["resume_jobs"]
-
-
-jobs = load_jobs()
 Job, Death, Dies, Result = jobs.Job, jobs.Death, jobs.Dies, jobs.Result
 LOOPS = ("script", "function", "class")
 
