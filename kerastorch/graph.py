@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -21,11 +22,12 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 from torch.optim import Optimizer
 
-from kerastorch.device import Nested, leaves, map_nested, preserved_random_state
+from kerastorch.device import Nested, leaves, map_nested, num_samples, preserved_random_state
 from kerastorch.graph_scalars import scalars_once
 from kerastorch.run import Run
 
 Step = Callable[[Run, Any, Any, Tensor | None], tuple[Tensor, Any]]
+Batch = tuple[Any, Any, Any]  # x, y, sample_weight
 Result = tuple[Tensor, Any, dict[str, Tensor]]  # loss, outputs, the losses by output
 Graph = Callable[[Any, Any, Tensor | None], Result]
 NOT_THE_USERS = (os.path.dirname(torch.__file__), os.path.dirname(__file__))
@@ -33,6 +35,8 @@ PYTHON_CALL = re.compile(r'File "(.+)", line (\d+), in .+\n\s*(.+)')  # in a tra
 WARM_UP = 3  # eager steps before a capture
 CHECKED_CALLS = 3  # of a compiled step, which show whether it is the same each time
 MAX_CHANGES = 3  # of the optimizer's options in a fit
+MAX_TOGETHER = 32  # steps in one capture: launching it costs some 10 us, and each step's share is small change then
+MAX_RESULT_BYTES = 2**24  # of their outputs, which are kept until the last one's are there
 
 
 class GraphStep:
@@ -48,7 +52,7 @@ class GraphStep:
         self._is_cuda = run.device.type == "cuda"
         self._parameters: list[nn.Parameter] = []  # that a step finds gradients of; none before the first graph
         self._gradients: list[Tensor] = []  # theirs, each in a place of its own
-        self._graphs: dict[tuple[bool, bool], CompiledStep | CapturedStep] = {}
+        self._graphs: dict[tuple[bool, bool, int], CompiledStep | CapturedStep] = {}
         self._flags: list[bool] = []  # which parameters require gradients
         self._warm_up = WARM_UP
         self._settings = _settings(run)
@@ -60,26 +64,39 @@ class GraphStep:
     def begin(self, run: Run) -> None:
         """Take up a fit. Raises ValueError as GraphStep does."""
         _refuse(run)
-        self.run = run
-        self._epoch, self._num_changes = -1, 0
+        self.run, self._num_changes = run, 0
+
+    def begin_epoch(self) -> None:
+        """Look whether somebody froze or thawed a part of the net since the last epoch."""
+        flags = [parameter.requires_grad for parameter in self.run.net.parameters()]
+        if flags != self._flags:
+            self._drop_gradients()
+            self._parameters, self._gradients, self._graphs = [], [], {}
+        self._flags = flags
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        for graph in self._graphs.values():
+            graph.begin_epoch(self.run)
+        self._train_together()
 
     def __call__(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> tuple[Tensor, Any]:
         run, window = self.run, self.run.window
-        if self._epoch != run.epoch:
-            self._begin_epoch()
         is_first, is_due = len(window) == 1, run.step_is_due
         is_whole = window[-1] == window[0] and (not is_due or len(window) == run.gradient_accumulation_steps)
         if not self._parameters and is_first and is_whole and run.is_full_batch:
             self._prepare(x, y, sample_weight)
-        if not self._parameters or not is_whole or _form(x, y, sample_weight) != self._batch_form:
-            return self._step_eagerly(x, y, sample_weight)
+        batch, n = (x, y, sample_weight), run.num_together
+        if not self._parameters or not is_whole or _form(batch, n) != self._batch_form:
+            loss, outputs, run.loss_fn.parts = _join([self._step_eagerly(*part) for part in _parts(batch, n)])
+            return loss, outputs
         if not self._twin.follow():
             self._note_change()
-        graph = self._graphs.get((is_first, is_due))
+        graph = self._graphs.get((is_first, is_due, n))
         if graph is None:
             parts = StepParts(run, self._parameters, self._gradients, self._twin, is_first, is_due)
-            graph = CapturedStep(parts, (x, y, sample_weight)) if self._is_cuda else CompiledStep(parts)
-            self._graphs[is_first, is_due] = graph
+            graph = CapturedStep(parts, batch, n) if self._is_cuda else CompiledStep(parts)
+            self._graphs[is_first, is_due, n] = graph
+            self._train_together()
         loss, outputs, run.loss_fn.parts = graph(x, y, sample_weight)
         if is_due:
             self._twin.call_hooks()
@@ -94,17 +111,12 @@ class GraphStep:
         for parameter in self._parameters:
             parameter.grad = None
 
-    def _begin_epoch(self) -> None:
-        """Look whether somebody froze or thawed a part of the net since the last epoch."""
-        flags = [parameter.requires_grad for parameter in self.run.net.parameters()]
-        if flags != self._flags:
-            self._drop_gradients()
-            self._parameters, self._gradients, self._graphs = [], [], {}
-        self._epoch, self._flags = self.run.epoch, flags
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
-            parameter.grad = gradient
-        for graph in self._graphs.values():
-            graph.begin_epoch(self.run)
+    def _train_together(self) -> None:
+        """Ask for several batches at once where a capture has shown how large a step's results are."""
+        graph, most = self._graphs.get((True, True, 1)), 1
+        if isinstance(graph, CapturedStep) and graph.can_be_joined and not _hooks(self.run.optimizer):
+            most = max(1, min(MAX_TOGETHER, MAX_RESULT_BYTES // max(1, graph.result_bytes)))
+        self.run.train_together(most)
 
     def _prepare(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> None:
         """Settle what the graph is of; on a GPU after the eager steps in which libraries choose their kernels."""
@@ -117,7 +129,7 @@ class GraphStep:
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
         self._twin = OptimizerTwin(run.optimizer, is_captured=self._is_cuda)
-        self._batch_form = _form(x, y, sample_weight)
+        self._batch_form = _form((x, y, sample_weight), 1)
 
     def _try_out(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> list[nn.Parameter]:
         """Go forward and back once, for the first look at a batch; return the parameters that got gradients.
@@ -138,15 +150,16 @@ class GraphStep:
             buffer.copy_(before)
         return seen
 
-    def _step_eagerly(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> tuple[Tensor, Any]:
-        if len(self.run.window) == 1:
+    def _step_eagerly(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> Result:
+        run = self.run
+        if len(run.window) == 1:
             self._drop_gradients()
-        result = self.eager_step(self.run, x, y, sample_weight)
+        loss, outputs = self.eager_step(run, x, y, sample_weight)
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             if parameter.grad is not None and parameter.grad is not gradient:
                 gradient.copy_(parameter.grad)
             parameter.grad = gradient
-        return result
+        return loss.detach(), map_nested(_detach, outputs), dict(run.loss_fn.parts)
 
     def _note_change(self) -> None:
         self._num_changes += 1
@@ -328,14 +341,17 @@ class CompiledStep:
 
 
 class CapturedStep:
-    """The step as a CUDA graph: kernels that were launched once, launched again all together."""
+    """One step, or several in a row, as a CUDA graph: kernels that were launched once, launched again all together.
 
-    def __init__(self, parts: StepParts, batch: tuple[Any, Any, Any]) -> None:
+    batch: joined from those of num_steps steps.   result_bytes: of its outputs.
+    can_be_joined: whether these have a row for each of the batch, so that those of several steps can be one batch's.
+    """
+
+    def __init__(self, parts: StepParts, batch: Batch, num_steps: int) -> None:
         run = parts.run
         self._batch = map_nested(_clone, batch)
-        x, y, sample_weight = self._batch
 
-        def step() -> Result:
+        def step(x: Any, y: Any, sample_weight: Tensor | None) -> Result:
             if parts.is_first:
                 torch._foreach_zero_(parts.gradients)
             with run.autocast():
@@ -349,9 +365,15 @@ class CapturedStep:
             return loss.detach(), map_nested(_detach, outputs), dict(run.loss_fn.parts)
 
         try:
-            self._replay, self._result = _capture(step)
+            self._replay, self._result = _capture(
+                lambda: _join([step(*part) for part in _parts(self._batch, num_steps)])
+            )
         except (RuntimeError, AssertionError) as error:  # torch's optimizers assert what can be captured
             raise _no_graph(error, run.net) from error
+        results = list(leaves(self._result[1]))
+        rows = num_samples(self._batch[0])
+        self.result_bytes = sum(result.nbytes for result in results if isinstance(result, Tensor))
+        self.can_be_joined = all(isinstance(result, Tensor) and result.shape[:1] == (rows,) for result in results)
 
     def begin_epoch(self, run: Run) -> None:
         """Nothing is looked at again: a capture holds kernels alone."""
@@ -436,12 +458,36 @@ def _hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
     return [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
 
 
-def _form(x: Nested, y: Nested, sample_weight: Tensor | None) -> list[Any]:
-    """Return what a batch must have in common with the one that a graph was made of."""
+def _form(batch: Batch, n: int) -> list[Any]:
+    """Return what each of n joined batches must have in common with the one that a graph was made of."""
     return [
-        (leaf.shape, leaf.dtype, leaf.stride()) if isinstance(leaf, Tensor) else leaf
-        for leaf in leaves((x, y, sample_weight))
+        ((len(leaf) // n, *leaf.shape[1:]) if n > 1 else leaf.shape, leaf.dtype, leaf.stride())
+        if isinstance(leaf, Tensor)
+        else leaf
+        for leaf in leaves(batch)
     ]
+
+
+def _parts(batch: Batch, n: int) -> list[Batch]:
+    """Return n joined batches one by one, as views."""
+    if n == 1:
+        return [batch]
+    size = num_samples(batch[0]) // n
+    return [map_nested(partial(_rows, i * size, (i + 1) * size), batch) for i in range(n)]
+
+
+def _rows(start: int, stop: int, leaf: Any) -> Any:
+    return leaf[start:stop] if isinstance(leaf, Tensor) else leaf
+
+
+def _join(results: list[Result]) -> Result:
+    """Return the results of steps of one size as one step's: their mean losses, their outputs on the first axis."""
+    if len(results) == 1:
+        return results[0]
+    losses, outputs, parts = zip(*results, strict=True)
+    joined = iter([torch.cat(rows) for rows in zip(*map(leaves, outputs), strict=True)])
+    means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+    return torch.stack(losses).mean(), map_nested(lambda _: next(joined), outputs[0]), means
 
 
 @contextmanager

@@ -338,9 +338,9 @@ class Run:
             if self.cuts_batches:
                 self._end_parts()
             if self.step_is_due:
-                self.step += 1
+                self.step += self.num_together
                 self.window = []
-            self.batches_done, self.batches_seen = self.batch + 1, self.batches_seen + 1
+            self.batches_done, self.batches_seen = self.batch + 1, self.batches_seen + self.num_together
             if callbacks.has_train_batch_end:
                 callbacks.on_train_batch_end(self.batch, RunningLogs(sums))
             self.progress.update(self.batch + 1, sums.running)
@@ -368,7 +368,7 @@ class Run:
             self._batches = self._until_cut(batches)
         is_first = self._held is None
         for (x, y, sample_weight), is_last in self._batches:
-            self.batch += 1
+            self.batch += self.num_together
             x, y, sample_weight = self._begin_batch(x, y, sample_weight)
             if is_first:
                 self.kinds, self.has_sample_weight = (_kind(x), _kind(y)), sample_weight is not None
@@ -420,6 +420,21 @@ class Run:
         self.train_end_is_due = self._is_cut  # then the resumed run fires it again
         if self._is_cut:
             self._cut_epoch()
+
+    @property
+    def num_together(self) -> int:
+        """How many batches, each to be trained on by itself, are joined in the one that train_batches() gave."""
+        assert self.train_data is not None
+        return self.train_data.num_together
+
+    def train_together(self, most: int) -> None:
+        """Let train_batches() join up to so many full batches in memory, where nothing looks on between their steps."""
+        assert self.train_data is not None
+        callbacks = self.callbacks
+        is_watched = callbacks.has_train_batch_begin or callbacks.has_train_batch_end or callbacks.saves_within_epochs
+        is_scheduled = self.lr_scheduler is not None and self.lr_scheduler_interval == "step"
+        is_whole = self.gradient_accumulation_steps == 1 and not self.cuts_batches and self.steps_per_epoch is None
+        self.train_data.read_together(most if is_whole and not is_watched and not is_scheduled else 1)
 
     @property
     def is_full_batch(self) -> bool:

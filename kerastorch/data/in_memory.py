@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,13 @@ GPU_CHUNK_BYTES = 2**20  # likewise for a GPU: there is no cache that they shoul
 GPU_ALIGNMENT = 256  # bytes; which kernel multiplies matrices may depend on it, and with it the last bits of a product
 
 
+class BatchGroup(NamedTuple):
+    """Full batches that follow one another, joined on the first axis, for a loop that does several steps at once."""
+
+    joined: Any
+    num_batches: int
+
+
 class RowReader:
     """Gives the batches of a DataLoader over tensors: the same rows, order and random draws.
 
@@ -34,6 +41,7 @@ class RowReader:
         self._pins = loader.pin_memory and torch.cuda.is_available()
         self._copies: CopyStream | None = None
         self._keeper: RowsOnGPU | None = None
+        self._most_together = 1
         self._was_read = False  # whether a pass came to its end
         self._copied: Rows | None = None  # the rows on the GPU that this pass reads
         self._versions: list[int] = []  # of those that they are copies of
@@ -45,6 +53,10 @@ class RowReader:
         by it, and the first one shows what training needs of the memory.
         """
         self._copies, self._keeper = copies, RowsOnGPU(copies.device) if keeps else None
+
+    def read_together(self, most: int) -> None:
+        """Give up to so many full batches as one BatchGroup from now on; on a GPU, to which small ones go together."""
+        self._most_together = most
 
     def release(self) -> None:
         """Let go of what is on the GPU."""
@@ -89,11 +101,14 @@ class RowReader:
             order = order[: len(order) // size * size]
         at_once, start = self._batches_at_once(size), 0
         while start < len(order):
-            chunk = order[start : start + size * at_once]
+            together = min(self._most_together, at_once) if self._is_on_gpu else 1
+            if len(order) - start < size * together:
+                together = 1
+            chunk = order[start : start + size * (at_once if together == 1 else together)]
             versions = self.rows.versions if at_once > 1 else None
-            for batch in self._read(chunk, size, start if is_sequential else None):
-                yield batch
-                start += size
+            for batch in self._read(chunk, size * together, start if is_sequential else None):
+                yield batch if together == 1 else BatchGroup(batch, together)
+                start += size * together
                 if versions is not None and self.rows.versions != versions:  # a step wrote to the data: it may again
                     at_once = 1
                     break
@@ -240,4 +255,7 @@ def _nest_like(nest: Nested, parts: Iterator[Tensor]) -> Nested:
 
 
 def _pin(batch: Any) -> Any:
-    return map_nested(lambda tensor: tensor.pin_memory() if tensor.device.type == "cpu" else tensor, batch)
+    def pin(leaf: Any) -> Any:
+        return leaf.pin_memory() if isinstance(leaf, Tensor) and leaf.device.type == "cpu" else leaf
+
+    return map_nested(pin, batch)

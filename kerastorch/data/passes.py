@@ -91,6 +91,11 @@ class Passes:
         if isinstance(self._plain_reader, RowReader):
             self._plain_reader.read_to(copies, keeps=keeps)
 
+    def read_together(self, most: int) -> None:
+        """Give up to so many full batches as one BatchGroup; see RowReader.read_together."""
+        if isinstance(self._plain_reader, RowReader):
+            self._plain_reader.read_together(most)
+
     def keep_position(self) -> None:
         """Read from now on in such a way that state_dict() tells all that an exact resume needs."""
         if self._loader is not None and can_be_resumed(self._loader) and self._loader.num_workers:

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, default_collate
 
 from kerastorch.data.arrays import default_sampler, is_map_style, is_numpy, num_rows, rebuild_loader, to_tensors
+from kerastorch.data.in_memory import BatchGroup
 from kerastorch.data.passes import Passes
 from kerastorch.data.resumable import can_be_resumed
 from kerastorch.data.weights import WeightedBatch, WeightedCollate, is_weighted
@@ -33,6 +34,7 @@ class BatchSource:
     batches: any iterable of batches.   name: what errors call it.   unpack: makes each batch x, (x, y) or
     (x, y, sample_weight) first.   converts: whether arrays in batches that no DataLoader made become tensors.
     num_batches: batches in a pass, or None where that is not known before the pass ends.
+    num_together: how many batches the last one given stands for.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class BatchSource:
     ) -> None:
         self.batches, self.name, self.unpack = batches, name, unpack
         self.num_batches = _length(batches)
+        self.num_together = 1
         self.is_one_shot = isinstance(batches, Iterator)
         self._converts = converts and not isinstance(batches, DataLoader)
         self._passes = Passes(batches, name)
@@ -91,6 +94,11 @@ class BatchSource:
         """
         if self.unpack is None:
             self._passes.read_to(copies, keeps=keeps)
+
+    def read_together(self, most: int) -> None:
+        """Let one_pass() give up to so many full batches joined as one, where several are read at once to a GPU."""
+        if self.unpack is None:
+            self._passes.read_together(most)
 
     def another(self) -> BatchSource:
         """Return a source of the same batches whose passes leave this one's alone."""
@@ -160,7 +168,10 @@ class BatchSource:
             batches = zip(iterator, repeat(False))
         try:
             for batch, is_last in batches:
-                count += 1
+                self.num_together = 1
+                if isinstance(batch, BatchGroup):
+                    batch, self.num_together = batch
+                count += self.num_together
                 if look_ahead and total is not None and count > total:
                     raise self._wrong_length(total, f"more than {total}")
                 self._passes.position = count

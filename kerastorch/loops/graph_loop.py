@@ -27,6 +27,7 @@ class GraphLoop(Loop):
         step.begin(run)
         try:
             for epoch in run.epoch_range():
+                step.begin_epoch()
                 train_epoch(run, lambda run, x, y, sample_weight: step(x, y, sample_weight))
                 if run.validation_is_due:
                     evaluate(run, eval_step)

@@ -34,7 +34,7 @@ from kerastorch.callbacks import Callback, CallbackList
 from kerastorch.compiled import Compiled
 from kerastorch.data import BatchSource, in_memory
 from kerastorch.data.arrays import NestedDataset
-from kerastorch.data.in_memory import RowReader, row_reader
+from kerastorch.data.in_memory import BatchGroup, RowReader, row_reader
 from kerastorch.data.rows import Rows
 from kerastorch.data.weights import WeightedCollate, WeightedDataset
 from kerastorch.device import CopyStream, get_random_state, leaves, map_nested, set_random_state
@@ -1102,3 +1102,54 @@ def test_on_cuda_a_fit_takes_rows_there_and_gives_the_memory_back() -> None:
     model.fit(x, y, batch_size=64, epochs=3, callbacks=[Look()], verbose=0)
     assert held[1] - held[0] >= x.nbytes
     assert torch.cuda.memory_allocated() <= before + 2**16
+
+
+@pytest.mark.parametrize("data", ["tensors", "nest", "subset of weighted", "subset of some negative"])
+@pytest.mark.parametrize("kind", ["sequential", "shuffled"])
+def test_full_batches_read_together_are_those_of_the_plain_loader_joined(kind: str, data: str) -> None:
+    expected = trace(make_loader(DATASETS[data](), kind), reads_rows=False)
+    batches = [batch for batch, _ in expected if batch is not None]
+    seed()
+    reader, _ = reader_to_gpu(make_loader(DATASETS[data](), kind), keeps=False)
+    reader.read_together(3)
+    found: list[Any] = []
+    for _ in range(2):
+        for batch in reader:
+            is_group = isinstance(batch, BatchGroup)
+            found.append(batch if is_group else BatchGroup(batch, 1))
+            for _ in range(found[-1].num_batches):
+                step()
+    counts = [group.num_batches for group in found]
+    assert counts.count(3) >= 2
+    assert set(counts) == {1, 3}
+    for group in found:
+        part, batches = batches[: group.num_batches], batches[group.num_batches :]
+        for joined, *leaf_parts in zip(leaves(group.joined), *map(leaves, part), strict=True):
+            assert_same(joined, torch.cat(leaf_parts))
+    assert not batches
+    assert_same_state(get_random_state(*generators_of(reader.loader)), expected[-1][1])
+
+
+def test_batches_are_read_together_on_a_gpu_alone_and_from_the_next_ones_on() -> None:
+    loader = DataLoader(TensorDataset(values(200_000, 16)), 64)  # more than one reading for a GPU
+    on_cpu, (to_gpu, _) = reader_of(loader), reader_to_gpu(loader, keeps=False)
+    on_cpu.read_together(4)
+    assert not any(isinstance(batch, BatchGroup) for batch in on_cpu)
+    counts = []
+    for i, batch in enumerate(to_gpu):
+        counts.append(batch.num_batches if isinstance(batch, BatchGroup) else 1)
+        if i in (10, 500):
+            to_gpu.read_together(4 if i == 10 else 1)
+    at_once = in_memory.GPU_CHUNK_BYTES // (64 * 16 * 4)
+    assert counts[:at_once] == [1] * at_once
+    assert counts[at_once:501] == [4] * (501 - at_once)
+    assert set(counts[501:]) == {1}
+    assert sum(counts) == 200_000 // 64
+
+
+def test_a_source_counts_each_batch_of_those_it_gives_together() -> None:
+    source = BatchSource(DataLoader(TensorDataset(values(67, 3)), 8), name="x")
+    source.read_to(Copies(), keeps=False)  # type: ignore[arg-type]
+    source.read_together(3)
+    seen = [(len(x), source.num_together, is_last) for (x, _, _), is_last in source.one_pass()]
+    assert seen == [(24, 3, False), (24, 3, False), (8, 1, False), (8, 1, False), (3, 1, True)]
