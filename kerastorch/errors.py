@@ -16,16 +16,10 @@ T = TypeVar("T")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return " did you mean 'x'?" (or two names) for names close to `name`, or an empty string."""
+    """Return the end of a sentence: "; did you mean 'x'?" (or two names) for names close to `name`, or a full stop."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     near = difflib.get_close_matches(name.lower(), by_lower, n=2, cutoff=0.6)
-    return f" did you mean {' or '.join(repr(by_lower[match]) for match in near)}?" if near else ""
-
-
-def near_names(name: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence: "; did you mean 'x'?" for names close to `name`, or a full stop."""
-    hint = did_you_mean(name, known)
-    return f";{hint}" if hint else "."
+    return f"; did you mean {' or '.join(repr(by_lower[match]) for match in near)}?" if near else "."
 
 
 def canonical(name: str) -> str:
@@ -41,7 +35,7 @@ def look_up(kind: str, name: str, table: Mapping[str, T]) -> T:
     key = canonical(name)
     if key in table:
         return table[key]
-    raise ValueError(f"{kind} {name!r} is not known{near_names(key, table)} Known: {', '.join(sorted(table))}.")
+    raise ValueError(f"{kind} {name!r} is not known{did_you_mean(key, table)} Known: {', '.join(sorted(table))}.")
 
 
 def check_choice(argument: str, value: object, choices: Iterable[object]) -> None:
@@ -49,7 +43,7 @@ def check_choice(argument: str, value: object, choices: Iterable[object]) -> Non
     choices = list(choices)
     if value in choices:
         return
-    hint = near_names(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else "."
+    hint = did_you_mean(value, [c for c in choices if isinstance(c, str)]) if isinstance(value, str) else "."
     raise ValueError(f"{argument}={value!r} is not known{hint} Use one of: {', '.join(map(repr, choices))}.")
 
 

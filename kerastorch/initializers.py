@@ -22,7 +22,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from kerastorch.device import bare_module, preserved_random_state
-from kerastorch.errors import check_int, is_number, look_up, near_names
+from kerastorch.errors import check_int, did_you_mean, is_number, look_up
 
 InitializerSpec = str | float | tuple[str, Mapping[str, Any]] | Callable[[Tensor], Any]
 Pattern = str | type[nn.Module]
@@ -127,7 +127,7 @@ def _with_arguments(name: str, arguments: Mapping[str, Any]) -> Callable[[Tensor
     for argument in arguments:
         if argument not in known:
             raise ValueError(
-                f"initializer {name!r} has no argument {argument!r}{near_names(argument, known)} "
+                f"initializer {name!r} has no argument {argument!r}{did_you_mean(argument, known)} "
                 f"Known: {', '.join(known) or 'none'}."
             )
     for parameter in parameters:
@@ -203,7 +203,7 @@ def _matching(net: nn.Module, pattern: Pattern, named: Mapping[str, nn.Parameter
         hint = f"; a layer type is no glob: give {_shorten([*map(repr, meant)])} a rule each."
         raise ValueError(
             f"pattern {_show(pattern)} matches no layer type and no parameter"
-            f"{hint if meant else near_names(text, [*known, *named])} "
+            f"{hint if meant else did_you_mean(text, [*known, *named])} "
             f"Layer types: {_shorten(sorted(names_of))}. Parameters: {_shorten(named)}."
         )
     return matching

@@ -36,7 +36,7 @@ def compile_arguments(
     for name in options:
         if name not in known:
             raise ValueError(
-                f"jit_compile has {name!r}, which torch.compile does not take;{did_you_mean(name, known)} "
+                f"jit_compile has {name!r}, which torch.compile does not take{did_you_mean(name, known)} "
                 f"It takes {', '.join(known)}."
             )
     if not options and device.type == "cpu":

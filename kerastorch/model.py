@@ -832,7 +832,7 @@ def _refuse_unknown(verb: str, unknown: Mapping[str, Any], function: Callable[..
     for name in unknown:
         code = function.__code__
         known = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-        raise TypeError(f"{verb}() has no argument {name!r};{did_you_mean(name, known)} Known: {', '.join(known)}.")
+        raise TypeError(f"{verb}() has no argument {name!r}{did_you_mean(name, known)} Known: {', '.join(known)}.")
 
 
 def _refuse_swapped(loss: object, optimizer: object) -> None:

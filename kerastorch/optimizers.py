@@ -154,7 +154,7 @@ def make_optimizers(optimizers: Mapping[str, OptimizerSpec], net: nn.Module, los
     for name, optimizer in optimizers.items():
         if not isinstance(optimizer, Optimizer) and name not in parts:
             raise ValueError(
-                f"optimizer[{name!r}] is to be made, but the net has no part of that name;{did_you_mean(name, parts)} "
+                f"optimizer[{name!r}] is to be made, but the net has no part of that name{did_you_mean(name, parts)} "
                 f"Parts: {', '.join(sorted(parts))}. Or give an optimizer object."
             )
         part = net if isinstance(optimizer, Optimizer) else net.get_submodule(name)
@@ -271,7 +271,7 @@ def _group_parameters(
     for pattern in param_groups:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in named):
             raise ValueError(
-                f"param_groups pattern {pattern!r} matches no parameter;{did_you_mean(pattern, named)} "
+                f"param_groups pattern {pattern!r} matches no parameter{did_you_mean(pattern, named)} "
                 f"Parameters: {', '.join(list(named)[:8])}{', ...' if len(named) > 8 else ''}."
             )
     return [group for group in groups.values() if group["params"]]
@@ -315,7 +315,7 @@ def _check_options(optimizer: Optimizer, param_groups: Mapping[str, Mapping[str,
         for option in options:
             if option not in optimizer.defaults:
                 raise ValueError(
-                    f"param_groups[{pattern!r}] sets {option!r}, which {type(optimizer).__name__} does not have;"
+                    f"param_groups[{pattern!r}] sets {option!r}, which {type(optimizer).__name__} does not have"
                     f"{did_you_mean(option, optimizer.defaults)} Options: {', '.join(sorted(optimizer.defaults))}."
                 )
 

@@ -29,17 +29,17 @@ def test_look_up_far_from_everything_gives_no_near_match() -> None:
 @pytest.mark.parametrize(
     ("name", "hint"),
     [
-        ("adma", " did you mean 'adam' or 'adamw'?"),
-        ("SGDD", " did you mean 'sgd'?"),
-        ("quux", ""),
+        ("adma", "; did you mean 'adam' or 'adamw'?"),
+        ("SGDD", "; did you mean 'sgd'?"),
+        ("quux", "."),
     ],
 )
-def test_did_you_mean_gives_up_to_two_names_or_nothing(name: str, hint: str) -> None:
+def test_did_you_mean_gives_up_to_two_names(name: str, hint: str) -> None:
     assert did_you_mean(name, TABLE) == hint
 
 
 def test_did_you_mean_keeps_the_known_name_s_own_case() -> None:
-    assert did_you_mean("linear", ["Linear1"]) == " did you mean 'Linear1'?"
+    assert did_you_mean("linear", ["Linear1"]) == "; did you mean 'Linear1'?"
 
 
 @pytest.mark.parametrize("value", ["auto", 0, 1, 2])

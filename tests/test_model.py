@@ -245,7 +245,7 @@ def test_compile_refuses_loss_and_optimizer_swapped(arguments: tuple[Any, Any], 
             TypeError,
             r"compile\(\) has no argument 'clip_gradnorm'; did you mean 'clip_grad_norm'",
         ),
-        ({"zzz": 1.0}, TypeError, r"compile\(\) has no argument 'zzz'; Known: loss, optimizer, metrics, "),
+        ({"zzz": 1.0}, TypeError, r"compile\(\) has no argument 'zzz'\. Known: loss, optimizer, metrics, "),
     ],
 )
 def test_compile_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
@@ -357,7 +357,7 @@ class Gone(IterableDataset[Any]):
         ((X, Y), {"verbose": 3}, ValueError, r"verbose=3 is not known"),
         ((X, Y), {"epoch": 3}, TypeError, r"fit\(\) has no argument 'epoch'; did you mean 'epochs'"),
         ((X, Y), {"batchsize": 3}, TypeError, r"fit\(\) has no argument 'batchsize'; did you mean 'batch_size'"),
-        ((X, Y), {"zzz": 3}, TypeError, r"fit\(\) has no argument 'zzz'; Known: x, y, batch_size, "),
+        ((X, Y), {"zzz": 3}, TypeError, r"fit\(\) has no argument 'zzz'\. Known: x, y, batch_size, "),
     ],
 )
 def test_fit_refuses_before_the_first_step(

@@ -392,8 +392,8 @@ class Monitor:
 
     def _missing(self, known: list[str], run: Run) -> ValueError:
         no_validation = self.name.startswith("val_") and run.val_data is None
-        hint = " fit() got no validation data;" if no_validation else did_you_mean(self.name, known)
-        return ValueError(f"monitor={self.name!r} is not in the logs;{hint} Known: {', '.join(known)}.")
+        hint = ": fit() got no validation data." if no_validation else did_you_mean(self.name, known)
+        return ValueError(f"monitor={self.name!r} is not in the logs{hint} Known: {', '.join(known)}.")
 
 
 def user_path(argument: str, path: str | os.PathLike[str]) -> str:

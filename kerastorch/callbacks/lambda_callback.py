@@ -21,7 +21,7 @@ class LambdaCallback(Callback):
         for name, function in hooks.items():
             if name not in HOOKS:
                 hint = did_you_mean(name, HOOKS)
-                raise TypeError(f"LambdaCallback has no hook {name!r};{hint} Hooks: {', '.join(HOOKS)}.")
+                raise TypeError(f"LambdaCallback has no hook {name!r}{hint} Hooks: {', '.join(HOOKS)}.")
             if function is None:
                 continue
             if not callable(function):

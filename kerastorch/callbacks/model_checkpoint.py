@@ -214,7 +214,7 @@ class ModelCheckpoint(Checkpointer):
         except (KeyError, IndexError) as error:
             name = str(error.args[0])
             raise KeyError(
-                f"ModelCheckpoint's filepath {self.filepath!r} names {name!r}, which is not in the logs;"
+                f"ModelCheckpoint's filepath {self.filepath!r} names {name!r}, which is not in the logs"
                 f"{did_you_mean(name, values)} Known: {', '.join(values)}."
             ) from None
         except (ValueError, TypeError, AttributeError) as error:

@@ -130,7 +130,7 @@ def _check_known(plan: Plan, name: str, users: list[Callback], what: str) -> Non
     if name.startswith("val_") and plan.fit.validated is False:
         raise ValueError(f"{what} is not in the logs: the last fit() got no validation data.")
     if name.removeprefix("val_") not in known and not users and not is_own_loop(plan.loop):
-        raise ValueError(f"{what} is not in the logs;{did_you_mean(name, known)} Known: {', '.join(sorted(known))}.")
+        raise ValueError(f"{what} is not in the logs{did_you_mean(name, known)} Known: {', '.join(sorted(known))}.")
 
 
 def _gain(plan: Plan, watched: Monitor, best: str, min_delta: str = "") -> tuple[str, str, bool]:

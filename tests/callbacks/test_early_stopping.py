@@ -319,7 +319,7 @@ def test_val_loss_without_validation_data_is_refused_before_the_first_step() -> 
     refused(
         make_model(),
         EarlyStopping(),
-        r"monitor='val_loss' is not in the logs; fit\(\) got no validation data; Known: loss",
+        r"monitor='val_loss' is not in the logs: fit\(\) got no validation data\. Known: loss",
         None,
     )
 
@@ -339,7 +339,7 @@ def test_misspelt_monitor_is_refused_before_the_first_step_naming_the_nearest() 
 def test_monitor_that_a_callback_might_have_added_is_refused_at_the_first_check() -> None:
     model, epochs = make_model(), []
     mine = LambdaCallback(on_epoch_end=lambda epoch, logs: epochs.append(epoch))
-    with pytest.raises(ValueError, match=r"monitor='score' is not in the logs; Known: loss, val_loss"):
+    with pytest.raises(ValueError, match=r"monitor='score' is not in the logs\. Known: loss, val_loss"):
         fit(model, [mine, EarlyStopping("score", mode="max")], 3)
     assert epochs == [0]
 

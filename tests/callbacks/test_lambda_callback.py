@@ -71,7 +71,7 @@ def test_misspelt_hook_is_refused_naming_the_nearest() -> None:
 
 
 def test_a_name_far_from_any_hook_is_refused_with_the_list() -> None:
-    with pytest.raises(TypeError, match=r"no hook 'zzz'; Hooks: on_train_begin, "):
+    with pytest.raises(TypeError, match=r"no hook 'zzz'\. Hooks: on_train_begin, "):
         LambdaCallback(zzz=print)
 
 
