@@ -85,6 +85,7 @@ class CSVLogger(Callback):
                 "before may be missing in it."
             )
         self._file.truncate(len(whole))  # rows of epochs that are trained again, and half a row
+        self._file.seek(0, os.SEEK_END)  # a checkpoint before the next row counts what is left
         if not whole:
             self._header = []
         if columns:

@@ -362,6 +362,26 @@ def test_a_resumed_run_keeps_the_whole_rows_of_a_file_that_lost_its_end(kept: in
     assert [row.split(b",")[0] for row in left[kept + 1 :]] == [b"4", b"5"]
 
 
+def test_a_checkpoint_before_the_next_row_of_a_resumed_run_counts_the_rows_that_are_left(tmp_path: Path) -> None:
+    """The second life goes on before a row that the first one wrote, and ends after a checkpoint of its own."""
+
+    class Dies(kt.Callback):
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            if (self.run.epoch, batch) in deaths:
+                raise RuntimeError("died")
+
+    straight, log = tmp_path / "straight.csv", tmp_path / "log.csv"
+    fit(make_model(), CSVLogger(straight), epochs=4, batch_size=1)
+    callbacks = [CSVLogger(log), ModelCheckpoint(tmp_path / "{epoch}-{batch}.pt", save_freq=1), Dies()]
+    for life, resume in ((2, 0), None), ((1, 3), tmp_path / "2-2.pt"):
+        deaths = [life]
+        with pytest.raises(RuntimeError, match="died"):
+            fit(make_model(), *callbacks, epochs=4, batch_size=1, resume=resume)
+    deaths = []
+    fit(make_model(), *callbacks, epochs=4, batch_size=1, resume=tmp_path / "2-3.pt")
+    assert log.read_text() == straight.read_text()
+
+
 def test_a_resumed_run_begins_a_file_that_lost_all_with_its_columns(tmp_path: Path) -> None:
     log = tmp_path / "log.csv"
     callbacks = [CSVLogger(log), ModelCheckpoint(tmp_path / "a.pt")]
