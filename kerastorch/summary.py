@@ -175,7 +175,8 @@ class _Watch:
         from torch.utils.flop_counter import FlopCounterMode  # it loads slowly
 
         aten = torch.ops.aten
-        uncounted = {  # by torch
+        uncounted = {  # by torch, or by some releases of it
+            aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
             aten.mkldnn_rnn_layer: _layer_flops,
             aten._cudnn_rnn: _cudnn_flops,
             aten._trilinear: _bilinear_flops,
@@ -226,6 +227,11 @@ def _cudnn_flops(x: Sequence[int], weights: Sequence[Sequence[int]], *args: Any,
 def _bilinear_flops(x: Sequence[int], w: Sequence[int], y: Sequence[int], *args: Any, **kwargs: Any) -> int:
     """x (n, i) with each of the matrices of w (outputs, i, j), and then with y (n, j); F.bilinear alone calls it."""
     return 2 * x[0] * (prod(w) + w[0] * w[2])
+
+
+def _attention_flops(q: Sequence[int], k: Sequence[int], v: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """q (n, heads, queries, i) with the keys of k (n, heads, keys, i), and the weights with v (n, heads, keys, j)."""
+    return 2 * prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
 
 
 def _vector_flops(a: Sequence[int], *args: Any, **kwargs: Any) -> int:
