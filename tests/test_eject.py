@@ -796,8 +796,10 @@ def test_a_dollar_and_brackets_in_a_path_stay():
     compile(text, "train.py", "exec")
 
 
-def test_a_long_path_is_broken_into_lines(tmp_path):
-    path = "/".join(["folder"] * 30) + "/{epoch}.pt"
+@pytest.mark.parametrize("length", [79, 98, 99, 114, 115, 220])
+def test_a_long_path_is_broken_into_lines(length, tmp_path):
+    path = "folder/" * 30 + "{epoch}.pt"
+    path = path[len(path) - length :]
     text = make_model().eject("script", tmp_path / "train.py", callbacks=[ModelCheckpoint(path)])
     assert max(map(len, text.splitlines())) <= 120
     command = [

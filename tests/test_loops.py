@@ -232,7 +232,7 @@ def test_fp16_scales_the_loss_and_steps_with_unscaled_gradients(loop):
     assert 0 < moved < 1  # gradients left scaled by 65536 would throw the weights far off
 
 
-@pytest.mark.parametrize("loop", [*LOOPS.values(), *LOOPS, *(cls() for cls in LOOPS.values())], ids=str)
+@pytest.mark.parametrize("loop", [*LOOPS.values(), *LOOPS, *(cls() for cls in LOOPS.values())])
 def test_a_loop_is_taken_by_name_class_or_instance(loop):
     made = make_loop(loop)
     assert isinstance(made, kt.Loop)

@@ -192,7 +192,7 @@ def test_a_loss_with_parameters_is_not_left_out_in_silence():
     assert id(loss.log_scale) in held(model.optimizer)
 
 
-@pytest.mark.parametrize("loop", ["script", "function", "class", kt.ClassLoop, kt.FunctionLoop()], ids=str)
+@pytest.mark.parametrize("loop", ["script", "function", "class", kt.ClassLoop, kt.FunctionLoop()])
 def test_the_built_in_steps_refuse_several(loop):
     with pytest.raises(ValueError, match="several optimizers need a train_step of your own"):
         make_model(loop=loop)
@@ -247,7 +247,6 @@ def test_scheduler_objects_are_taken_with_optimizer_objects():
         ({"head": "cosin"}, "did you mean 'cosine'"),
         ({"head": 3}, "must be a name, a torch scheduler"),
     ],
-    ids=str,
 )
 def test_schedulers_that_do_not_fit_are_refused(given, message):
     with pytest.raises((ValueError, TypeError), match=message):

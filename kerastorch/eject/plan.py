@@ -86,7 +86,8 @@ class Plan:
         """Give train() the keyword of a path; a long one becomes a constant, in parts that fit a line."""
         default = quote(path)
         if len(default) > 80:
-            parts = [path[i : i + 80] for i in range(0, len(path), 80)]
+            fits_alone = len(default) + 4 <= WIDTH
+            parts = [path] if fits_alone else [path[i : i + 80] for i in range(0, len(path), 80)]
             line = f"{name.upper()} = {default}"
             folded = [f"{name.upper()} = (", *(f"    {quote(part)}" for part in parts), ")"]
             self.constants += [line] if len(line) <= WIDTH else folded
