@@ -99,7 +99,9 @@ class _Rows:
         if part.dtype != self._array.dtype:
             import numpy as np
 
-            self._array = self._array.astype(np.result_type(self._array, part))
+            of_both = np.empty(self._array.shape, np.result_type(self._array, part))
+            of_both[: self._length] = self._array[: self._length]  # what lies beyond may be no number
+            self._array = of_both
         end = self._length + len(part)
         if end > len(self._array):
             self._array.resize((end + end // 4, *self._array.shape[1:]), refcheck=False)

@@ -166,6 +166,18 @@ def test_joined_many_at_once_they_are_in_order(parts, num_samples):
     assert np.array_equal(joined, expected)
 
 
+def test_memory_that_is_not_filled_yet_is_not_cast(monkeypatch):
+    def empty(shape, dtype):
+        array = np.zeros(shape, dtype)
+        if array.dtype == np.float32:
+            array.view(np.uint32).fill(0x7FA00000)  # a NaN that makes a cast warn
+        return array
+
+    monkeypatch.setattr(np, "empty", empty)
+    parts = [torch.ones(2, 3), torch.ones(2, 3, dtype=torch.float64)]
+    assert (join_later(parts, 8) == 1).all()
+
+
 def test_bfloat16_joined_many_at_once_is_float32():
     joined = join_later([part.bfloat16() for part in LATER])
     assert joined.dtype == np.float32
