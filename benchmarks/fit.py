@@ -19,12 +19,10 @@ from timing import Turn, machine, make_parser, measure, settle, show, silence, w
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from training import (
-    MakeOptimizer,
     Pairs,
     Slices,
     conv_net,
     evaluate_by_hand,
-    fused_adam,
     make_data,
     make_model,
     mlp,
@@ -86,14 +84,18 @@ def read_tensors(verb: str, device: str) -> dict[str, Turn]:
 
 
 def graph(net: nn.Module, n: int, shape: tuple[int, ...], batch_size: int, adam: bool, device: str) -> dict[str, Turn]:
-    """The graph loop against slices by hand, GRAPH_EPOCHS a turn; its first call, which compiles, is in no figure."""
+    """The graph loop against slices by hand, GRAPH_EPOCHS a turn; its first call, which compiles, is in no figure.
+
+    By hand with the fused optimizer, and with torch's default one, which is what most people write.
+    """
     x, y = make_data(n, *shape)
-    fused: MakeOptimizer = fused_adam if adam else partial(torch.optim.SGD, lr=0.01, momentum=0.9, fused=True)
-    plain: str | MakeOptimizer = "adam" if adam else partial(torch.optim.SGD, lr=0.01, momentum=0.9)
-    epoch = train_by_hand(net, Slices(x, y, batch_size), device, fused)
+    plain: Any = torch.optim.Adam if adam else partial(torch.optim.SGD, lr=0.01, momentum=0.9)
+    epochs = [train_by_hand(net, Slices(x, y, batch_size), device, one) for one in (partial(plain, fused=True), plain)]
     fit = make_model(net, "graph", device, plain).fit
+    fused_by_hand, by_hand = (lambda epoch=epoch: [epoch() for _ in range(GRAPH_EPOCHS)] for epoch in epochs)
     return {
-        "slices by hand": lambda: [epoch() for _ in range(GRAPH_EPOCHS)],
+        "slices by hand": fused_by_hand,
+        "with torch's default optimizer": by_hand,
         "fit, graph": partial(fit, x, y, batch_size=batch_size, epochs=GRAPH_EPOCHS, verbose=1),
     }
 

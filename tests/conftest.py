@@ -4,6 +4,9 @@ import gc
 import os
 import signal
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # each has a core, and threads that wait for one another would spin on it
+    os.environ["OMP_NUM_THREADS"] = "1"  # for children too
+
 import pytest
 import torch
 
