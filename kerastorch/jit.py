@@ -1,4 +1,4 @@
-"""compile(jit_compile=...): the net compiled in place by torch.compile. Sister: graph.py, for a whole step."""
+"""compile(jit_compile=...): the net compiled in place by torch.compile. Sister: graph/, for a whole step."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import kerastorch as kt
 from kerastorch.callbacks import EMA, Callback, ModelCheckpoint, TerminateOnNaN
-from kerastorch.graph import CompiledStep
+from kerastorch.graph.compiled_step import CompiledStep
 from kerastorch.optimizers import OPTIMIZERS
 
 slow = pytest.mark.slow

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kerastorch.graph_scalars import MIN_ELEMENTS, scalars_once
+from kerastorch.graph.scalars import MIN_ELEMENTS, scalars_once
 
 
 @pytest.mark.slow

@@ -1,6 +1,6 @@
 """A pass over the graph of a compiled step: numbers that large kernels would compute anew for each vector, once.
 
-Sister: graph.py above.
+Sister: compiled_step.py above.
 """
 
 from __future__ import annotations

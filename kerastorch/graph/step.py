@@ -1,0 +1,193 @@
+"""GraphStep: a training step as one graph, and when it is one. loops/graph_loop.py trains with it.
+
+Sisters: compiled_step.py and captured_step.py, the graphs; parts.py, what they are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kerastorch.device import Nested, leaves, map_nested, preserved_random_state
+from kerastorch.graph.captured_step import CapturedStep, detached, join_results, side_stream, split_batch
+from kerastorch.graph.compiled_step import CompiledStep
+from kerastorch.graph.optimizer_twin import OptimizerTwin, step_hooks
+from kerastorch.graph.parts import Batch, Result, StepParts
+from kerastorch.run import Run
+
+Step = Callable[[Run, Any, Any, Tensor | None], tuple[Tensor, Any]]
+WARM_UP = 3  # eager steps before a capture
+MAX_CHANGES = 3  # of the optimizer's options in a fit
+MAX_TOGETHER = 32  # steps in one capture: launching it costs some 10 us, and each step's share is small change then
+MAX_RESULT_BYTES = 2**24  # of their outputs, which are kept until the last one's are there
+
+
+class GraphStep:
+    """Does forward, loss, backward, clipping and update as one graph; returns (loss, outputs) as a train_step does.
+
+    run: of the fit.   eager_step: does the same for batches that no graph is for: a short last one, any of another
+    shape than the first full one, and on a GPU the first few.
+    Raises ValueError for what a graph can't hold, with the reason and the way out.
+    """
+
+    def __init__(self, run: Run, eager_step: Step) -> None:
+        self.eager_step = eager_step
+        self._is_cuda = run.device.type == "cuda"
+        self._parameters: list[nn.Parameter] = []  # that a step finds gradients of; none before the first graph
+        self._gradients: list[Tensor] = []  # theirs, each in a place of its own
+        self._graphs: dict[tuple[bool, bool, int], CompiledStep | CapturedStep] = {}
+        self._flags: list[bool] = []  # which parameters require gradients
+        self._warm_up = WARM_UP
+        self._settings = _settings(run)
+
+    def fits(self, run: Run) -> bool:
+        """Whether another fit is of the same net, loss, optimizer and options, so that its graphs can go on."""
+        return all(one is other or one == other for one, other in zip(self._settings, _settings(run), strict=True))
+
+    def begin(self, run: Run) -> None:
+        """Take up a fit. Raises ValueError as GraphStep does."""
+        _refuse(run)
+        self.run, self._num_changes = run, 0
+
+    def begin_epoch(self) -> None:
+        """Look whether somebody froze or thawed a part of the net since the last epoch."""
+        flags = [parameter.requires_grad for parameter in self.run.net.parameters()]
+        if flags != self._flags:
+            self._drop_gradients()
+            self._parameters, self._gradients, self._graphs = [], [], {}
+        self._flags = flags
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        for graph in self._graphs.values():
+            graph.begin_epoch(self.run)
+        self._train_together()
+
+    def __call__(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> tuple[Tensor, Any]:
+        run, window = self.run, self.run.window
+        is_first, is_due = len(window) == 1, run.step_is_due
+        is_whole = window[-1] == window[0] and (not is_due or len(window) == run.gradient_accumulation_steps)
+        if not self._parameters and is_first and is_whole and run.is_full_batch:
+            self._prepare(x, y, sample_weight)
+        batch, n = (x, y, sample_weight), run.num_together
+        if not self._parameters or not is_whole or _form(batch, n) != self._batch_form:
+            loss, outputs, run.loss_fn.parts = join_results(
+                [self._step_eagerly(*part) for part in split_batch(batch, n)]
+            )
+            return loss, outputs
+        if not self._twin.follow():
+            self._note_change()
+        graph = self._graphs.get((is_first, is_due, n))
+        if graph is None:
+            parts = StepParts(run, self._parameters, self._gradients, self._twin, is_first, is_due)
+            graph = CapturedStep(parts, batch, n) if self._is_cuda else CompiledStep(parts)
+            self._graphs[is_first, is_due, n] = graph
+            self._train_together()
+        loss, outputs, run.loss_fn.parts = graph(x, y, sample_weight)
+        if is_due:
+            self._twin.call_hooks()
+        return loss, outputs
+
+    def end(self) -> None:
+        """Leave no gradients behind, which the next backward would add to, and hold no data."""
+        self._drop_gradients()
+        vars(self).pop("run")
+
+    def _drop_gradients(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    def _train_together(self) -> None:
+        """Ask for several batches at once where a capture has shown how large a step's results are."""
+        graph, most = self._graphs.get((True, True, 1)), 1
+        if isinstance(graph, CapturedStep) and graph.can_be_joined and not step_hooks(self.run.optimizer):
+            most = max(1, min(MAX_TOGETHER, MAX_RESULT_BYTES // max(1, graph.result_bytes)))
+        self.run.train_together(most)
+
+    def _prepare(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> None:
+        """Settle what the graph is of; on a GPU after the eager steps in which libraries choose their kernels."""
+        run = self.run
+        if self._is_cuda and self._warm_up:
+            self._warm_up -= 1
+            return
+        self._parameters = self._try_out(x, y, sample_weight)
+        self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            parameter.grad = gradient
+        self._twin = OptimizerTwin(run.optimizer, is_captured=self._is_cuda)
+        self._batch_form = _form((x, y, sample_weight), 1)
+
+    def _try_out(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> list[nn.Parameter]:
+        """Go forward and back once, for the first look at a batch; return the parameters that got gradients.
+
+        Weights, buffers and random states are left as they were.
+        """
+        run = self.run
+        buffers = [(buffer, buffer.clone()) for buffer in run.net.buffers()]
+        parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
+        with preserved_random_state(), side_stream() if self._is_cuda else nullcontext():
+            with run.autocast():
+                loss = run.loss_fn(run.forward(x), y, sample_weight)
+            loss.backward()
+        seen = [parameter for parameter in parameters if parameter.grad is not None]
+        for parameter in [*run.net.parameters(), *parameters]:
+            parameter.grad = None
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        return seen
+
+    def _step_eagerly(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> Result:
+        run = self.run
+        if len(run.window) == 1:
+            self._drop_gradients()
+        loss, outputs = self.eager_step(run, x, y, sample_weight)
+        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+            if parameter.grad is not None and parameter.grad is not gradient:
+                gradient.copy_(parameter.grad)
+            parameter.grad = gradient
+        return loss.detach(), map_nested(detached, outputs), dict(run.loss_fn.parts)
+
+    def _note_change(self) -> None:
+        self._num_changes += 1
+        if self._num_changes > MAX_CHANGES:
+            raise ValueError(
+                f"loop='graph': the optimizer's {self._twin.changed} changes again and again, but a graph holds it. "
+                "Let schedules change lr alone, as OneCycleLR(..., cycle_momentum=False) does, or use loop='script'."
+            )
+        self._graphs = {}
+        self._twin = OptimizerTwin(self.run.optimizer, is_captured=self._is_cuda)
+
+
+def _settings(run: Run) -> tuple[Any, ...]:
+    """Return what a graph is made for."""
+    options = (run.mixed_precision, run.gradient_accumulation_steps, run.clip_grad_norm, run.clip_grad_value)
+    return run.net, run.optimizer, run.loss_fn.fn, *options
+
+
+def _refuse(run: Run) -> None:
+    reason = None
+    if run.scaler.is_enabled():
+        reason = "the fp16 scaler decides on the host whether to step: use mixed_precision='bf16'"
+    elif run.device.type not in ("cpu", "cuda"):
+        reason = f"it is for 'cpu' and 'cuda', not {run.device.type!r}"
+    elif run.device.type == "cpu" and any(isinstance(module, nn.RNNBase) for module in run.net.modules()):
+        reason = "torch.compile does not trace nn.RNN, nn.LSTM and nn.GRU"
+    elif any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in run.net.parameters()):
+        reason = "hooks on the parameters' gradients would not be called"
+    elif step_hooks(run.optimizer):
+        reason = "hooks on the optimizer's step would not be called before it"
+    if reason is not None:
+        raise ValueError(f"loop='graph': {reason}; or use loop='script'.")
+
+
+def _form(batch: Batch, n: int) -> list[Any]:
+    """Return what each of n joined batches must have in common with the one that a graph was made of."""
+    return [
+        ((len(leaf) // n, *leaf.shape[1:]) if n > 1 else leaf.shape, leaf.dtype, leaf.stride())
+        if isinstance(leaf, Tensor)
+        else leaf
+        for leaf in leaves(batch)
+    ]
