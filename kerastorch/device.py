@@ -113,7 +113,7 @@ class CopyStream:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._stream = _side_stream(device)
+        self._stream = side_stream(device)
         self._marks: deque[torch.cuda.Event] = deque()  # of the work queued when a large batch was copied
 
     def __call__(self, batch: Nested) -> Nested:
@@ -171,7 +171,7 @@ def _is_plain(leaf: Any) -> bool:
 
 
 @cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def side_stream(device: torch.device) -> torch.cuda.Stream:
     """Return one stream for all runs, since memory that is freed is kept for the stream that it was taken on."""
     return torch.cuda.Stream(device)
 

@@ -11,6 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,8 @@ LOSSES: dict[str, Callable[[], nn.Module]] = {
     "multilabel_soft_margin": nn.MultiLabelSoftMarginLoss,
 }
 
+_TRUSTED: WeakSet[Any] = WeakSet()  # users' own modules whose values per sample were seen to average to what they give
+
 
 class Loss:
     """A loss as the loops call it: loss_fn(outputs, y, sample_weight) gives the scalar to minimise.
@@ -68,7 +71,7 @@ class Loss:
         self.on_first_batch = on_first_batch
         self.parts: dict[str, Tensor] = {}
         is_mean = isinstance(fn, nn.Module) and getattr(fn, "reduction", None) == "mean"
-        self._is_trusted = not is_mean or is_torch_own(fn)
+        self._is_trusted = not is_mean or is_torch_own(fn) or fn in _TRUSTED
         self._of_outputs = (
             {key: Loss(part) for key, part in fn.losses.items()} if isinstance(fn, OutputLosses) else None
         )
@@ -107,13 +110,14 @@ class Loss:
         """Refuse, once, a module of the user's own that is another loss when its reduction is "none"."""
         if self._is_trusted or losses.dim() == 0:
             return
-        self._is_trusted = True
         with torch.no_grad():
             if not torch.allclose(losses.mean(), self.fn(outputs, y).mean(), rtol=1e-3, atol=1e-6):
                 raise ValueError(
                     f"the loss {self.name} can't be weighted: with reduction='none' its values do not average to what "
                     "it gives. Let it return one value per sample."
                 )
+        self._is_trusted = True
+        _TRUSTED.add(self.fn)
 
     def _checked(self, loss: Any) -> Tensor:
         if not isinstance(loss, Tensor):

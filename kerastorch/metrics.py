@@ -511,6 +511,8 @@ def takes_batches_together(metric: AnyMetric) -> bool:
     """
     if is_collection(metric):
         return all(map(takes_batches_together, metric.values()))
+    if isinstance(metric, OutputMetric):
+        return takes_batches_together(metric.metric)
     return isinstance(metric, NamedMetric) or (
         type(metric).__module__.partition(".")[0] == "torchmetrics" and type(metric).__name__ in _JOINED_CLASSES
     )

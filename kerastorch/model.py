@@ -43,7 +43,7 @@ from kerastorch.export import ExportReport, export_model
 from kerastorch.history import History
 from kerastorch.jit import compile_arguments, told_apart
 from kerastorch.lazy import lazy_names
-from kerastorch.loops import Loop, has_own_train_step, is_own_loop, make_loop
+from kerastorch.loops import GraphLoop, Loop, has_own_train_step, is_own_loop, make_loop
 from kerastorch.losses import LOSSES, LossFunction, LossSpec, OutputLosses, ignored_class, loss_scale, make_loss
 from kerastorch.metrics import AnyMetric, LogValue, make_metrics, make_output_metrics
 from kerastorch.optimizers import (
@@ -178,7 +178,7 @@ class Model:
             )
         jit_arguments = compile_arguments(self.net, jit_compile, self.device)
         made_loop = make_loop(loop)
-        if cuts_batches and (has_own_train_step(made_loop) or loop == "graph"):
+        if cuts_batches and (has_own_train_step(made_loop) or isinstance(made_loop, GraphLoop)):
             raise ValueError(
                 "gradient_accumulation_steps='auto' cuts batches into parts, for which a train_step of your own and "
                 "loop='graph' are not made: give a number, or use loop='script'."

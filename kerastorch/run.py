@@ -434,13 +434,14 @@ class Run:
         is_watched = callbacks.has_train_batch_begin or callbacks.has_train_batch_end or callbacks.saves_within_epochs
         is_scheduled = self.lr_scheduler is not None and self.lr_scheduler_interval == "step"
         is_whole = self.gradient_accumulation_steps == 1 and not self.cuts_batches and self.steps_per_epoch is None
-        self.train_data.read_together(most if is_whole and not is_watched and not is_scheduled else 1)
+        can_be_joined = is_whole and not is_watched and not is_scheduled and self.train_sums.takes_batches_together
+        self.train_data.read_together(most if can_be_joined else 1)
 
     @property
     def is_full_batch(self) -> bool:
-        """Whether this batch is no short one; True where the batch size is not known."""
+        """Whether this batch, or each of those joined in it, is no short one; True where the size is not known."""
         assert self.train_data is not None
-        return self.train_data.batch_size in (None, self.num_samples)
+        return self.train_data.batch_size in (None, self.num_samples // self.num_together)
 
     # ---- checkpoints, interrupts, averaged weights ----
 

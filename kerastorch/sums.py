@@ -67,6 +67,11 @@ class PassSums:
         self._num_added = 0  # samples whose loss is in the sum
 
     @property
+    def takes_batches_together(self) -> bool:
+        """Whether several batches may be added as one: whether no metric minds."""
+        return not self._eager and not self._eager_weighted
+
+    @property
     def inferred_from(self) -> dict[str, list[Any]]:
         """Shapes and dtypes of outputs and targets that each metric given by name was inferred from."""
         return {

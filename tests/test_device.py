@@ -318,7 +318,7 @@ class FakeGPU:
         self.marks = 0
         self.side, self.compute = FakeStream("side", self.notes), FakeStream("compute", self.notes)
         self.current = self.compute
-        monkeypatch.setattr("kerastorch.device._side_stream", lambda device: self.side)
+        monkeypatch.setattr("kerastorch.device.side_stream", lambda device: self.side)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: self.current)
         monkeypatch.setattr(torch.cuda, "stream", self.switched)
         monkeypatch.setattr(torch.cuda, "Event", self.event)

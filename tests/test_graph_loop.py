@@ -247,6 +247,22 @@ def test_one_graph_is_compiled_whatever_the_rate_mode_and_last_batch(monkeypatch
 
 @slow
 @pytest.mark.usefixtures("only_traced")
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "nadam", "rmsprop"])
+def test_the_rate_may_rise_from_zero(optimizer):
+    """Torch's step for graphs divides by the rate: zero over zero where a unit had no gradient."""
+    x = X.clone()
+    x[:, 0] = 0
+    options = {
+        "lr_scheduler": lambda one: torch.optim.lr_scheduler.LambdaLR(one, lambda step: min(1.0, step / 12)),
+        "lr_scheduler_interval": "step",
+        "data": DataLoader(TensorDataset(x, Y), 8),
+        "val": False,
+    }
+    assert_alike(train("function", optimizer=optimizer, **options), train("graph", optimizer=optimizer, **options))
+
+
+@slow
+@pytest.mark.usefixtures("only_traced")
 def test_a_part_frozen_between_epochs_stays_as_it_is():
     class Freeze(Callback):
         def on_epoch_end(self, epoch, logs=None):

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 import kerastorch as kt
 from kerastorch.callbacks import Callback
 from kerastorch.device import get_random_state
-from kerastorch.loops import LOOPS
+from kerastorch.loops import LOOPS, GraphLoop
 
 X = torch.randn(50, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(50) % 3
@@ -170,7 +170,9 @@ def test_several_inputs_are_cut_alike():
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("loop", [kt.FunctionLoop(train_step=lambda run, x, y, sample_weight: None), "graph"])
+@pytest.mark.parametrize(
+    "loop", [kt.FunctionLoop(train_step=lambda run, x, y, sample_weight: None), "graph", GraphLoop, GraphLoop()]
+)
 def test_loops_that_take_whole_batches_refuse_it(loop):
     model = kt.Model(nn.Linear(6, 3), device="cpu")
     with pytest.raises(ValueError, match=r"gradient_accumulation_steps='auto' cuts batches into parts"):

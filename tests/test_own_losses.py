@@ -82,8 +82,23 @@ def test_weights_are_refused_by_a_subclass_that_works_on_the_mean():
     x, y = torch.randn(8, 2), torch.randn(8, 2)
     model = make_model(Through(), RootMeanSquare())
     assert model.evaluate(x, y, verbose=0)["loss"] == pytest.approx(float((x - y).square().mean().sqrt()))
-    with pytest.raises(ValueError, match="RootMeanSquare can't be weighted"):
-        model.evaluate(x, y, sample_weight=torch.ones(8), verbose=0)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="RootMeanSquare can't be weighted"):
+            model.evaluate(x, y, sample_weight=torch.ones(8), verbose=0)
+
+
+def test_a_module_of_ones_own_is_looked_at_once_and_not_in_each_call(monkeypatch):
+    looks = []
+    monkeypatch.setattr(torch, "allclose", lambda *values, **tolerances: looks.append(values) or True)
+
+    class Own(nn.MSELoss):
+        def forward(self, outputs, y):
+            return super().forward(outputs, y)
+
+    model = make_model(Through(), Own())
+    for _ in range(3):
+        model.evaluate(torch.randn(8, 2), torch.randn(8, 2), sample_weight=torch.ones(8), verbose=0)
+    assert len(looks) == 1
 
 
 def test_weights_are_taken_by_a_module_of_ones_own_that_knows_reduction():

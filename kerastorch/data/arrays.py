@@ -109,11 +109,10 @@ def _from_numpy(value: Any) -> Tensor:
         )
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
-    if array.dtype == np.float64:
-        array = array.astype(np.float32)
     if not array.flags.writeable or any(stride < 0 or stride % array.itemsize for stride in array.strides):
         array = array.copy()  # torch shares memory only with arrays like its own
-    return torch.from_numpy(array)
+    tensor = torch.from_numpy(array)
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 
 def num_rows(dataset: Dataset[Any], *, what: str) -> int:

@@ -5,6 +5,7 @@ Sisters: arrays.py, weights.py and rows.py below, passes.py above.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
@@ -101,7 +102,7 @@ class RowReader:
             order = order[: len(order) // size * size]
         at_once, start = self._batches_at_once(size), 0
         while start < len(order):
-            together = min(self._most_together, at_once) if self._is_on_gpu else 1
+            together = self._batches_together(len(order) // size, at_once)
             if len(order) - start < size * together:
                 together = 1
             chunk = order[start : start + size * (at_once if together == 1 else together)]
@@ -126,6 +127,11 @@ class RowReader:
         if self._is_on_gpu:  # where _split() aligns them
             return max(1, GPU_CHUNK_BYTES // max(1, sum(nbytes)))
         return 1 if any(count % 64 for count in nbytes) else max(1, CHUNK_BYTES // max(1, sum(nbytes)))
+
+    def _batches_together(self, num_full: int, at_once: int) -> int:
+        """Return how many full batches to join, of a pass's num_full: few are left over, and the number stays."""
+        most = min(self._most_together, at_once) if self._is_on_gpu else 1
+        return num_full // math.ceil(num_full / most) if num_full else 1
 
     def _read(self, order: Tensor, size: int, start: int | None) -> Iterator[Any]:
         """Yield the batches of rows in this order; start: the first one, where they are consecutive."""

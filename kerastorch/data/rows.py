@@ -114,6 +114,8 @@ class RowsOnGPU:
         (num_rows, *_), _ = rows.shapes[0]
         step = max(1, num_rows * COPY_BYTES // max(1, sum(tensor.nbytes for tensor in self._copy.tensors)))
         for start in range(0, num_rows, step):
-            parts = rows.take(torch.arange(start, min(num_rows, start + step)))
+            stop = min(num_rows, start + step)
+            are_all = rows.kept is None
+            parts = [t[start:stop] for t in rows.tensors] if are_all else rows.take(torch.arange(start, stop))
             for tensor, part in zip(self._copy.tensors, parts, strict=True):
-                tensor[start : start + step].copy_(part)
+                tensor[start:stop].copy_(send(part, self.gpu))

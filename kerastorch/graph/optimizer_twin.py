@@ -5,7 +5,6 @@ Sister: optimizers.py below.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -23,27 +22,35 @@ class OptimizerTwin:
 
     def __init__(self, optimizer: Optimizer, *, is_captured: bool) -> None:
         self.optimizer = optimizer
-        self.twin = copy.copy(optimizer)
-        self.twin.param_groups = [self._group(group, is_captured) for group in optimizer.param_groups]
+        self.twin = object.__new__(type(optimizer))  # copy() would leave out what a subclass has of its own
+        vars(self.twin).update(vars(optimizer))
+        self.twin.param_groups = [_traceable(group, is_captured) for group in optimizer.param_groups]
         self.changed: str | None = None
-        if is_captured:
-            _move_step_counts(optimizer)
+        self._counts = _find_counts(optimizer) if is_captured else []
         self._rates = [float(group["lr"]) for group in optimizer.param_groups]
         self._options = self._read_options()
+        self.begin()
 
-    def _group(self, group: dict[str, Any], is_captured: bool) -> dict[str, Any]:
-        device = group["params"][0].device if is_captured else "cpu"
-        # A capture's rate is a tensor, which fused kernels read; others ask the host for its value.
-        traced = {"fused": True if is_captured else None, "foreach": False, "capturable": True}
-        rate = torch.tensor(float(group["lr"]), device=device)
-        return {**group, **{key: value for key, value in traced.items() if key in group}, "lr": rate}
+    def begin(self) -> None:
+        """Let steps be counted on the device, as a capture has to."""
+        for state, name, on_device in self._counts:
+            on_device.copy_(state[name])
+            state[name] = on_device
+
+    def end(self) -> None:
+        """Let steps be counted on the CPU again, where unfused optimizers count: they would wait for the device."""
+        for state, name, on_device in self._counts:
+            state[name] = on_device.cpu()
 
     def follow(self) -> bool:
         """Take over the optimizer's rates; return False where its other options, or its state, are not as they were."""
-        for i, group in enumerate(self.optimizer.param_groups):
-            if group["lr"] != self._rates[i]:
-                self._rates[i] = float(group["lr"])
-                self.twin.param_groups[i]["lr"].fill_(self._rates[i])
+        for i, (group, twin) in enumerate(zip(self.optimizer.param_groups, self.twin.param_groups, strict=False)):
+            rate = group["lr"]
+            if isinstance(rate, Tensor) and not rate.is_cpu:
+                twin["lr"].copy_(rate)  # without a look at it, which would be a sync
+            elif rate != self._rates[i]:
+                self._rates[i] = float(rate)
+                twin["lr"].fill_(self._rates[i])
         options = self._read_options()
         if options != self._options:
             self.changed = next(
@@ -57,6 +64,11 @@ class OptimizerTwin:
             )
             return False
         return self.twin.state is self.optimizer.state
+
+    @property
+    def has_zero_rate(self) -> bool:
+        """Whether a rate is 0, as where it is to rise from there: torch's traceable steps divide by it."""
+        return 0.0 in self._rates
 
     def _read_options(self) -> list[dict[str, Any]]:
         return [
@@ -75,11 +87,27 @@ class OptimizerTwin:
             hook(self.optimizer, (), {})
 
 
-def _move_step_counts(optimizer: Optimizer) -> None:
-    """Let a capture count steps on the device, where unfused optimizers have their counts on the CPU."""
-    for parameter, state in optimizer.state.items():
-        if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].to(parameter.device)
+def _traceable(group: dict[str, Any], is_captured: bool) -> dict[str, Any]:
+    device = group["params"][0].device if is_captured else "cpu"
+    # A capture's rate is on the device. Fused steps read it there, and those of many tensors at once; others ask the
+    # host for its value.
+    traced = {
+        "fused": True if is_captured else None,
+        "foreach": is_captured and "fused" not in group,
+        "capturable": True,
+    }
+    rate = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+    return {**group, **{key: value for key, value in traced.items() if key in group}, "lr": rate}
+
+
+def _find_counts(optimizer: Optimizer) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """Return each single number of the state that stands on the CPU, and a place for it on its parameter's device."""
+    return [
+        (state, name, value.to(parameter.device))
+        for parameter, state in optimizer.state.items()
+        for name, value in state.items()
+        if isinstance(value, Tensor) and value.dim() == 0 and value.is_cpu
+    ]
 
 
 def step_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,10 +40,18 @@ class StepParts:
     is_due: bool
 
 
-def no_graph(error: Exception, net: nn.Module) -> ValueError:
+def no_graph(error: BaseException, net: nn.Module) -> ValueError:
+    """Return the error for a step that no graph can hold, with the line of the user's that is to blame, where known."""
+    if not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        while error.__context__ is not None:  # a capture that is broken off fails once more at its end
+            error = error.__context__
     lines = [line for line in str(error).splitlines() if line]
     first = " ".join(lines[: 2 if lines[:1] and lines[0].endswith("raised:") else 1]) or type(error).__name__
-    calls = [call for call in PYTHON_CALL.findall(str(error)) if not call[0].startswith(NOT_THE_USERS)]
+    if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+        calls = PYTHON_CALL.findall(str(error))
+    else:
+        calls = [(frame.filename, frame.lineno, frame.line) for frame in traceback.extract_tb(error.__traceback__)]
+    calls = [call for call in calls if not call[0].startswith(NOT_THE_USERS)]
     place = f" At {calls[-1][0]}:{calls[-1][1]}, {calls[-1][2]}." if calls else ""
     has_mask = any(isinstance(module, (nn.TransformerEncoder, nn.TransformerDecoder)) for module in net.modules())
     hint = " To nn.Transformer's parts give is_causal=True or False beside a mask, which they look into otherwise."

@@ -13,14 +13,21 @@ import torch
 from torch import Tensor, nn
 
 from kerastorch.device import Nested, leaves, map_nested, preserved_random_state
-from kerastorch.graph.captured_step import CapturedStep, detached, join_results, side_stream, split_batch
+from kerastorch.graph.captured_step import (
+    CapturedStep,
+    as_in_a_capture,
+    detached,
+    held_of_net,
+    join_results,
+    split_batch,
+)
 from kerastorch.graph.compiled_step import CompiledStep
 from kerastorch.graph.optimizer_twin import OptimizerTwin, step_hooks
-from kerastorch.graph.parts import Batch, Result, StepParts
+from kerastorch.graph.parts import Batch, Result, StepParts, no_graph
 from kerastorch.run import Run
 
 Step = Callable[[Run, Any, Any, Tensor | None], tuple[Tensor, Any]]
-WARM_UP = 3  # eager steps before a capture
+WARM_UP = 3  # eager steps before a capture, in which libraries choose their kernels and optimizers make their state
 MAX_CHANGES = 3  # of the optimizer's options in a fit
 MAX_TOGETHER = 32  # steps in one capture: launching it costs some 10 us, and each step's share is small change then
 MAX_RESULT_BYTES = 2**24  # of their outputs, which are kept until the last one's are there
@@ -40,7 +47,9 @@ class GraphStep:
         self._parameters: list[nn.Parameter] = []  # that a step finds gradients of; none before the first graph
         self._gradients: list[Tensor] = []  # theirs, each in a place of its own
         self._graphs: dict[tuple[bool, bool, int], CompiledStep | CapturedStep] = {}
-        self._flags: list[bool] = []  # which parameters require gradients
+        self._twin: OptimizerTwin | None = None
+        self._batch_form: Nested = None
+        self._held: list[Any] = []  # what the graphs hold of the net
         self._warm_up = WARM_UP
         self._settings = _settings(run)
 
@@ -51,15 +60,17 @@ class GraphStep:
     def begin(self, run: Run) -> None:
         """Take up a fit. Raises ValueError as GraphStep does."""
         _refuse(run)
-        self.run, self._num_changes = run, 0
+        self.run, self._num_changes, self._is_fresh = run, 0, True
+        if self._twin is not None:
+            self._twin.begin()
 
     def begin_epoch(self) -> None:
-        """Look whether somebody froze or thawed a part of the net since the last epoch."""
-        flags = [parameter.requires_grad for parameter in self.run.net.parameters()]
-        if flags != self._flags:
-            self._drop_gradients()
-            self._parameters, self._gradients, self._graphs = [], [], {}
-        self._flags = flags
+        """Forget the graphs where what they hold of the net has changed since the last epoch: a part is frozen, say."""
+        net = self.run.net
+        held = held_of_net(net) if self._is_cuda else [parameter.requires_grad for parameter in net.parameters()]
+        if held != self._held:
+            self._forget()
+        self._held = held
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient
         for graph in self._graphs.values():
@@ -70,31 +81,50 @@ class GraphStep:
         run, window = self.run, self.run.window
         is_first, is_due = len(window) == 1, run.step_is_due
         is_whole = window[-1] == window[0] and (not is_due or len(window) == run.gradient_accumulation_steps)
-        if not self._parameters and is_first and is_whole and run.is_full_batch:
-            self._prepare(x, y, sample_weight)
         batch, n = (x, y, sample_weight), run.num_together
-        if not self._parameters or not is_whole or _form(batch, n) != self._batch_form:
-            loss, outputs, run.loss_fn.parts = join_results(
-                [self._step_eagerly(*part) for part in split_batch(batch, n)]
-            )
-            return loss, outputs
-        if not self._twin.follow():
-            self._note_change()
+        if run.is_full_batch and is_first and is_whole:
+            if self._is_fresh and self._twin is not None and _form(batch, n) != self._batch_form:  # another fit's
+                self._forget()
+                self._train_together()
+            self._is_fresh = False
+            if self._twin is None and n == 1:
+                self._prepare(x, y, sample_weight)
+        twin = self._twin
+        if twin is None or not is_whole or _form(batch, n) != self._batch_form:
+            return self._step_one_by_one(batch, n)
+        if not twin.follow():
+            twin = self._renew_twin(twin)
+        if twin.has_zero_rate:
+            return self._step_one_by_one(batch, n)
         graph = self._graphs.get((is_first, is_due, n))
         if graph is None:
-            parts = StepParts(run, self._parameters, self._gradients, self._twin, is_first, is_due)
-            graph = CapturedStep(parts, batch, n) if self._is_cuda else CompiledStep(parts)
+            parts = StepParts(run, self._parameters, self._gradients, twin, is_first, is_due)
+            graph = CapturedStep(parts, batch, n, self._pool) if self._is_cuda else CompiledStep(parts)
             self._graphs[is_first, is_due, n] = graph
             self._train_together()
         loss, outputs, run.loss_fn.parts = graph(x, y, sample_weight)
         if is_due:
-            self._twin.call_hooks()
+            twin.call_hooks()
         return loss, outputs
 
     def end(self) -> None:
         """Leave no gradients behind, which the next backward would add to, and hold no data."""
         self._drop_gradients()
+        if self._twin is not None:
+            self._twin.end()
         vars(self).pop("run")
+
+    def _forget(self) -> None:
+        self._drop_gradients()
+        if self._twin is not None:
+            self._twin.end()
+        self._parameters, self._gradients, self._graphs, self._twin = [], [], {}, None
+        self._warm_up = WARM_UP
+
+    @property
+    def _pool(self) -> Any:
+        """Memory that captures share: none is replayed before another's results were copied."""
+        return next((graph.pool for graph in self._graphs.values() if isinstance(graph, CapturedStep)), None)
 
     def _drop_gradients(self) -> None:
         for parameter in self._parameters:
@@ -108,11 +138,14 @@ class GraphStep:
         self.run.train_together(most)
 
     def _prepare(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> None:
-        """Settle what the graph is of; on a GPU after the eager steps in which libraries choose their kernels."""
+        """Settle what the graph is of; on a GPU after some eager steps."""
         run = self.run
         if self._is_cuda and self._warm_up:
             self._warm_up -= 1
             return
+        for leaf in leaves((x, y, sample_weight)):
+            if not (leaf is None or isinstance(leaf, (Tensor, bool, int, float, str))):
+                raise ValueError(f"loop='graph' can't hold a {type(leaf).__name__} of a batch: use loop='script'.")
         self._parameters = self._try_out(x, y, sample_weight)
         self._gradients = [torch.zeros_like(parameter) for parameter in self._parameters]
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
@@ -128,16 +161,28 @@ class GraphStep:
         run = self.run
         buffers = [(buffer, buffer.clone()) for buffer in run.net.buffers()]
         parameters = [parameter for group in run.optimizer.param_groups for parameter in group["params"]]
-        with preserved_random_state(), side_stream() if self._is_cuda else nullcontext():
-            with run.autocast():
-                loss = run.loss_fn(run.forward(x), y, sample_weight)
-            loss.backward()
+        try:
+            with preserved_random_state(), as_in_a_capture(run.device) if self._is_cuda else nullcontext():
+                with run.autocast():
+                    loss = run.loss_fn(run.forward(x), y, sample_weight)
+                loss.backward()
+        except RuntimeError as error:  # such a step went well before, but with waits for the GPU
+            if not self._is_cuda or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise no_graph(error, run.net) from error
         seen = [parameter for parameter in parameters if parameter.grad is not None]
         for parameter in [*run.net.parameters(), *parameters]:
             parameter.grad = None
         for buffer, before in buffers:
             buffer.copy_(before)
         return seen
+
+    def _step_one_by_one(self, batch: Batch, n: int) -> tuple[Tensor, Any]:
+        """Step eagerly for each of n joined batches."""
+        loss, outputs, self.run.loss_fn.parts = join_results(
+            [self._step_eagerly(*part) for part in split_batch(batch, n)]
+        )
+        return loss, outputs
 
     def _step_eagerly(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> Result:
         run = self.run
@@ -150,15 +195,18 @@ class GraphStep:
             parameter.grad = gradient
         return loss.detach(), map_nested(detached, outputs), dict(run.loss_fn.parts)
 
-    def _note_change(self) -> None:
+    def _renew_twin(self, twin: OptimizerTwin) -> OptimizerTwin:
+        """Return one with the optimizer's options and state of now, and forget the graphs of the last one's."""
         self._num_changes += 1
         if self._num_changes > MAX_CHANGES:
             raise ValueError(
-                f"loop='graph': the optimizer's {self._twin.changed} changes again and again, but a graph holds it. "
+                f"loop='graph': the optimizer's {twin.changed} changes again and again, but a graph holds it. "
                 "Let schedules change lr alone, as OneCycleLR(..., cycle_momentum=False) does, or use loop='script'."
             )
+        twin.end()
         self._graphs = {}
         self._twin = OptimizerTwin(self.run.optimizer, is_captured=self._is_cuda)
+        return self._twin
 
 
 def _settings(run: Run) -> tuple[Any, ...]:
@@ -179,15 +227,20 @@ def _refuse(run: Run) -> None:
         reason = "hooks on the parameters' gradients would not be called"
     elif step_hooks(run.optimizer):
         reason = "hooks on the optimizer's step would not be called before it"
+    elif run.device.type == "cuda" and not all(
+        {"fused", "capturable"} & {*group} for group in run.optimizer.param_groups
+    ):
+        reason = f"torch can't capture the step of {type(run.optimizer).__name__}"
     if reason is not None:
         raise ValueError(f"loop='graph': {reason}; or use loop='script'.")
 
 
-def _form(batch: Batch, n: int) -> list[Any]:
+def _form(batch: Batch, n: int) -> Nested:
     """Return what each of n joined batches must have in common with the one that a graph was made of."""
-    return [
-        ((len(leaf) // n, *leaf.shape[1:]) if n > 1 else leaf.shape, leaf.dtype, leaf.stride())
-        if isinstance(leaf, Tensor)
-        else leaf
-        for leaf in leaves(batch)
-    ]
+
+    def form(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return (len(leaf) // n, *leaf.shape[1:]) if n > 1 else leaf.shape, leaf.dtype, leaf.stride()
+
+    return map_nested(form, batch)

@@ -14,7 +14,9 @@ from kerastorch.run import Run
 class GraphLoop(Loop):
     """Forward, gradients, clipping and update in one graph, made at the second batch; evaluation as it is elsewhere.
 
-    A later fit of the same model goes on with it. Raises ValueError for what a graph can't hold, with the way out.
+    A later fit of the same model goes on with it. On a GPU the Python of forward, with hooks of its modules, runs as a
+    graph is made and in none of its steps; whether a part was frozen, say, is looked at between epochs.
+    Raises ValueError for what a graph can't hold, with the way out.
     """
 
     def __init__(self) -> None:

@@ -147,6 +147,12 @@ def test_float64_arrays_become_float32_and_integer_targets_int64(
     assert data.tensors[1].tolist() == [0, 1, 1, 0]
 
 
+def test_what_was_converted_is_memory_of_torch_s() -> None:
+    """A GPU keeps such rows, while numpy's may be written to without torch's knowledge."""
+    assert to_tensors(np.zeros(3)).untyped_storage().resizable()
+    assert not to_tensors(np.zeros(3, np.float32)).untyped_storage().resizable()
+
+
 def test_tensors_keep_float64_and_int32_becomes_int64_in_targets_only() -> None:
     data = make_dataset(x.double(), y.int(), caller="fit")
     assert [t.dtype for t in data.tensors] == [torch.float64, torch.int64]
