@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -246,7 +247,9 @@ def _load_pt2(path: Path) -> ExportedModel:
         return ExportedModel(path, compiled, device, _find_form(metadata.get(METADATA_KEY)))
     if not any(name.endswith(("models/model.json", "serialized_exported_program.json")) for name in names):
         raise ValueError("it holds no exported program, but what torch.save or torch.jit writes, perhaps")
-    program = torch.export.load(path)
+    with warnings.catch_warnings():  # of memory that nothing writes to
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        program = torch.export.load(path)
     held = [value for value in leaves((program.state_dict, program.constants)) if isinstance(value, Tensor)]
     return ExportedModel(path, program.module(), held[0].device if held else torch.device("cpu"), _find_form(text))
 

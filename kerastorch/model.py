@@ -41,7 +41,7 @@ from kerastorch.eject import eject_model
 from kerastorch.errors import check_choice, check_int, did_you_mean
 from kerastorch.export import ExportReport, export_model
 from kerastorch.history import History
-from kerastorch.jit import compile_arguments, told_apart
+from kerastorch.jit import compile_arguments, compile_in_place, told_apart
 from kerastorch.lazy import lazy_names
 from kerastorch.loops import GraphLoop, Loop, has_own_train_step, is_own_loop, make_loop
 from kerastorch.losses import LOSSES, LossFunction, LossSpec, OutputLosses, ignored_class, loss_scale, make_loss
@@ -254,7 +254,7 @@ class Model:
             self.net._compiled_call_impl = None  # what Module.compile() set; nothing public takes it back
         self._is_jit = jit_arguments is not None
         if jit_arguments is not None:
-            self.net.compile(**jit_arguments)
+            compile_in_place(self.net, jit_arguments)
         if channels_last or self._is_channels_last:
             self.net.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
         self._is_channels_last = channels_last

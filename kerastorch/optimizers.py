@@ -299,14 +299,15 @@ def check_clipping(net: nn.Module, optimizer: Optimizer, clip_grad_value: float 
         for part, parameter in layer.named_parameters(prefix=name, recurse=False):
             is_sparse = isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) and layer.sparse
             if is_sparse and parameter.requires_grad and id(parameter) in held:
-                raise sparse_clipping(part, clip_grad_value)
+                raise sparse_clipping(part, "clip_grad_value", clip_grad_value)
 
 
-def sparse_clipping(name: str, clip_grad_value: float | None) -> ValueError:
-    """Return the error for a parameter whose gradient is sparse, where compile(clip_grad_value=...) is to clip it."""
+def sparse_clipping(name: str, option: str, value: float | None) -> ValueError:
+    """Return the error for a parameter whose gradient is sparse: no value clips one, nor some releases' norm."""
+    other = ", clip_grad_norm" if option == "clip_grad_value" else ", a newer torch"
     return ValueError(
-        f"clip_grad_value={clip_grad_value} can't clip the gradient of {name!r}, which is sparse: use clip_grad_norm, "
-        "or a dense embedding (sparse=False)."
+        f"{option}={value} can't clip the gradient of {name!r}, which is sparse: use a dense embedding "
+        f"(sparse=False){other} or no clipping."
     )
 
 

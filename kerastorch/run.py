@@ -594,15 +594,21 @@ class Run:
                 if parameter.grad is not None:
                     parameter.grad.mul_(kb / n)
         if self.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
+            with self._told_if_sparse("clip_grad_norm", self.clip_grad_norm):
+                nn.utils.clip_grad_norm_(parameters, self.clip_grad_norm)
         if self.clip_grad_value is not None:
-            try:
+            with self._told_if_sparse("clip_grad_value", self.clip_grad_value):
                 nn.utils.clip_grad_value_(parameters, self.clip_grad_value)
-            except NotImplementedError as error:
-                for name, parameter in self.net.named_parameters():
-                    if parameter.grad is not None and parameter.grad.is_sparse:
-                        raise sparse_clipping(name, self.clip_grad_value) from error
-                raise
+
+    @contextmanager
+    def _told_if_sparse(self, option: str, value: float) -> Iterator[None]:
+        try:
+            yield
+        except NotImplementedError as error:
+            for name, parameter in self.net.named_parameters():
+                if parameter.grad is not None and parameter.grad.is_sparse:
+                    raise sparse_clipping(name, option, value) from error
+            raise
 
     def advance_lr_scheduler(self, interval: Literal["epoch", "step"]) -> None:
         """Step the scheduler of compile() where it steps by this interval; "step" counts optimizer updates.

@@ -468,7 +468,7 @@ def test_t3_data_that_can_not_be_taken_up_exactly_is_said_once(kind: str, save_f
     jobs.start(Job(data=data), tmp_path, jobs.make_saver(tmp_path, save_freq), epochs=2)
     with pytest.warns(UserWarning, match=message) as warned:
         jobs.start(Job(data=data), tmp_path, jobs.make_saver(tmp_path, save_freq), epochs=3, resume=True)
-    assert len(warned) == 1
+    assert sum("multi-threaded" not in str(one.message) for one in warned) == 1  # Python 3.12 says that of a fork
     assert warned[0].filename == jobs.__file__  # where fit was called
 
 
