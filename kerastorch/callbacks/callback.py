@@ -324,7 +324,10 @@ class CallbackList:
             except BaseException as error:
                 failure = failure or error
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                del failure  # this frame and its traceback would hold each other, and with them the loader's workers
 
 
 class Monitor:
