@@ -755,6 +755,8 @@ def test_ejected_files_pass_mypy(trained, has_own_steps, tmp_path):
     runs = [(name, style) for name, style in RUNS if ("loop" in CASES[name].compiled) is has_own_steps]
     files = [str(trained["root"] / f"{CASES[name].folder.name}_{style}.py") for name, style in runs]
     strictness = [] if has_own_steps else ["--strict", "--untyped-calls-exclude", "torch"]
+    if not hasattr(torch.amp, "__all__"):  # then torch's types leave out what its documentation names
+        strictness += [] if has_own_steps else ["--implicit-reexport"]
     command = [sys.executable, "-m", "mypy", "--config-file", "", "--cache-dir", str(tmp_path), *strictness, *files]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout
