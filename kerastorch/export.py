@@ -115,7 +115,7 @@ def export_model(
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             written = Path(folder, path.name)
-            with ONE_AT_A_TIME, _quiet():
+            with ONE_AT_A_TIME, _quiet(), _without_left_hooks():
                 program = _trace(copy_net(model.net), x, dynamic_batch, path)  # copies: what forward keeps stays there
                 if input_names is None:
                     form = _with_own_names(form, program)
@@ -254,6 +254,18 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+@contextmanager
+def _without_left_hooks() -> Iterator[None]:
+    """Remove the hooks that some releases of torch leave where a trace fails: they stand in the graph loop's way."""
+    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    before = set(hooks)
+    try:
+        yield
+    finally:
+        for key in set(hooks) - before:
+            del hooks[key]
 
 
 def _trace(net: nn.Module, x: Nested, dynamic_batch: bool, path: Path) -> ExportedProgram:

@@ -211,6 +211,14 @@ def test_what_can_t_be_traced_is_named_with_its_place(suffix: str, tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_trace_that_fails_leaves_no_hook_behind(tmp_path: Path) -> None:
+    hooks = torch.nn.modules.module._global_buffer_registration_hooks
+    before = list(hooks)
+    with pytest.raises(ValueError, match="goes by values that only a run shows"):
+        kt.Model(Block(branching), device="cpu").export(tmp_path / "net.pt2", ROWS)
+    assert list(hooks) == before
+
+
 def test_what_onnx_has_no_operator_for_is_named(tmp_path: Path) -> None:
     model = kt.Model(Block(torch.linalg.svdvals), device="cpu")
     with pytest.raises(ValueError, match=r"ONNX has nothing for aten._linalg_svd.*'.pt2' file can hold it"):
