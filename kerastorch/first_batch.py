@@ -61,11 +61,14 @@ def check_inputs(
             + (", and scale it, as x / 255." if x.dtype == torch.uint8 else ".")
             + (" Arrays become float32, tensors stay as they are." if dtype == torch.float64 else "")
         )
-    if isinstance(layer, nn.Linear) and not is_flattened and x.shape[-1] != layer.in_features:
-        raise ValueError(
-            f"x is {describe(x)}: its last dimension is {x.shape[-1]}, but the first layer {layer} takes "
-            f"{layer.in_features} features."
-        )
+    if isinstance(layer, nn.Linear) and not is_flattened:
+        # Before torch 2.7 a lazy layer whose shape a checkpoint settled says 0.
+        in_features = layer.in_features or layer.weight.shape[-1]
+        if x.shape[-1] != in_features:
+            raise ValueError(
+                f"x is {describe(x)}: its last dimension is {x.shape[-1]}, but the first layer {layer} takes "
+                f"{in_features} features."
+            )
 
 
 @contextmanager

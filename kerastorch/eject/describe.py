@@ -76,7 +76,7 @@ def describe_call(cls: type, values: Mapping[str, Any], first: str = "", always:
     unknown = Text("...", f"your {cls.__name__}")
     given, note = [first] if first else [], ""
     for name, parameter in list(inspect.signature(cls).parameters.items())[len(given) :]:
-        if name in ("last_epoch", "size_average", "reduce"):
+        if name in ("last_epoch", "size_average", "reduce", "verbose"):  # a default, or deprecated in some releases
             continue
         if name not in values and f"{name}s" not in values:
             return unknown
