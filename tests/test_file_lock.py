@@ -44,11 +44,10 @@ def test_a_forked_child_that_outlives_its_parent_holds_nothing(tmp_path: Path) -
         from file_lock import FileLock
 
         lock = FileLock(Path(sys.argv[1]))
-        child = os.fork()
-        if child == 0:
+        if os.fork() == 0:
             lock.release()  # not the child's to remove
+            print(os.getpid(), flush=True)
             time.sleep(60)
-        print(child, flush=True)
         os.kill(os.getpid(), signal.SIGKILL)
     """
     arguments = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "a.lock")]
