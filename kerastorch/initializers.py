@@ -242,7 +242,8 @@ def _make_values(step: _Step) -> Tensor:
         returned = step.initializer(values)
     except errors as error:  # torch's words do not say which tensor
         where = f"{step.name!r} of shape {tuple(values.shape)}"
-        way_out = " Call initialize() before .half() or .bfloat16()." if isinstance(error, NotImplementedError) else ""
+        is_missing = isinstance(error, NotImplementedError) or "not implemented for" in str(error)
+        way_out = " Call initialize() before .half() or .bfloat16()." if is_missing else ""
         raise (TypeError if isinstance(error, TypeError) else ValueError)(
             f"the initializer for {_show(step.pattern)} can't fill {where}: {str(error).rstrip('.')}.{way_out}"
         ) from error
