@@ -46,14 +46,15 @@ def compile_arguments(
 
 def compile_in_place(net: nn.Module, arguments: dict[str, Any]) -> None:
     """Compile the net as net.compile(**arguments) does."""
-    net.compile(**arguments)
-    if type(net).forward.__module__.startswith("torch."):
+    if not type(net).forward.__module__.startswith("torch."):
+        net.compile(**arguments)
+        return
 
-        def call(*args: Any, **kwargs: Any) -> Any:
-            return net._call_impl(*args, **kwargs)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return net._call_impl(*args, **kwargs)
 
-        # Some releases of torch compile no frame of torch's own files, and so nothing of a Sequential.
-        net._compiled_call_impl = torch.compile(call, **arguments)
+    # Some releases of torch compile no frame of torch's own files, and so nothing of a Sequential.
+    net._compiled_call_impl = torch.compile(call, **arguments)
 
 
 def mark_batch_axis(x: Nested) -> None:

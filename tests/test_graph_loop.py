@@ -261,6 +261,119 @@ def test_the_rate_may_rise_from_zero(optimizer):
     assert_alike(train("function", optimizer=optimizer, **options), train("graph", optimizer=optimizer, **options))
 
 
+class Switched(nn.Module):
+    """A part that is off at first, and a mask that somebody may set anew."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.on = nn.Linear(6, 3), nn.Linear(6, 3), False
+        self.register_buffer("mask", torch.ones(6))
+
+    def forward(self, x):
+        x = x * self.mask
+        return self.a(x) + self.b(x) if self.on else self.a(x)
+
+
+class Smooth(nn.CrossEntropyLoss):
+    """A loss whose weight is trained, or frozen."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.beta = nn.Parameter(torch.ones(())), 0.0
+
+    def forward(self, outputs, y):
+        return super().forward(outputs, y) * self.scale.exp() + self.scale + self.beta * outputs.square().mean()
+
+
+def switch(net, loss):
+    net.on = True
+
+
+def mask(net, loss):
+    net.mask = torch.tensor([1.0, 0, 1, 0, 1, 0])
+
+
+def freeze_loss(net, loss):
+    loss.scale.requires_grad_(False)
+
+
+def weigh(net, loss):
+    loss.beta = 0.5
+
+
+@slow
+@pytest.mark.usefixtures("only_traced")
+@pytest.mark.parametrize("change", [switch, mask, freeze_loss, weigh])
+def test_what_a_callback_changes_between_epochs_is_followed(change, monkeypatch):
+    monkeypatch.setitem(NETS, "switched", Switched)
+    results = []
+    for loop in ("function", "graph"):
+        loss = Smooth()
+
+        class Changes(Callback):
+            def on_epoch_end(self, epoch, logs=None, loss=loss):
+                if epoch == 0:
+                    change(self.model.net, loss)
+
+        results.append(train(loop, "switched", loss=loss, callbacks=[Changes()], epochs=4))
+    assert_alike(*results)
+
+
+@slow
+@pytest.mark.usefixtures("only_traced")
+def test_gradients_dropped_by_a_batch_hook_stop_nothing():
+    class Drops(Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.optimizer.zero_grad()
+
+    assert_alike(*(train(loop, callbacks=[Drops()]) for loop in ("function", "graph")))
+
+
+def test_a_buffer_that_forward_replaces_is_refused_with_what_to_write():
+    class Replacing(nn.Linear):
+        def __init__(self):
+            super().__init__(6, 3)
+            self.register_buffer("mean", torch.zeros(()))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean()
+            return super().forward(x) + self.mean
+
+    model = kt.Model(Replacing(), device="cpu")
+    model.compile("cross_entropy", "sgd", loop="graph")
+    with pytest.raises(ValueError, match=r"puts another tensor in a buffer's place \(self.mean.copy_"):
+        model.fit(X, Y, verbose=0)
+
+
+@slow
+@pytest.mark.usefixtures("only_traced")
+def test_calls_with_batches_of_many_sizes_make_one_graph(monkeypatch):
+    made = []
+    compile_it = CompiledStep._compile
+    monkeypatch.setattr(CompiledStep, "_compile", lambda self, *batch: (made.append(self), compile_it(self, *batch))[1])
+    model = kt.Model(make_mlp(), device="cpu")
+    model.compile("cross_entropy", "sgd", loop="graph")
+    for i in range(6):
+        model.train_on_batch(X[: 8 if i % 2 else 4], Y[: 8 if i % 2 else 4])
+    assert len(made) == 1
+
+
+@slow
+@pytest.mark.usefixtures("only_traced")
+def test_nested_inputs_are_given_as_in_the_other_loops(monkeypatch):
+    class Nested(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 3)
+
+        def forward(self, a, pair):
+            return self.layer(a + pair[0] - pair[1])
+
+    monkeypatch.setitem(NETS, "nested", Nested)
+    batches = [((X[i : i + 8], (X[i : i + 8].flip(0), X[i : i + 8])), Y[i : i + 8]) for i in range(0, 64, 8)]
+    assert_alike(*(train(loop, "nested", data=batches, val=False) for loop in ("function", "graph")))
+
+
 @slow
 @pytest.mark.usefixtures("only_traced")
 def test_a_part_frozen_between_epochs_stays_as_it_is():
@@ -288,7 +401,7 @@ class Branching(nn.Module):
 @pytest.mark.usefixtures("only_traced")
 def test_a_net_that_counts_its_calls_is_refused():
     with pytest.raises(ValueError, match="the step is another each time, as where the net counts its calls"):
-        train("graph", "counting", epochs=2)
+        train("graph", "counting", epochs=2, data=DataLoader(TensorDataset(X, Y), 4), val=False)
 
 
 @slow

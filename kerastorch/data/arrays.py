@@ -109,10 +109,13 @@ def _from_numpy(value: Any) -> Tensor:
         )
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
+    if array.dtype == np.float64:
+        return torch.from_numpy(
+            array.astype(np.float32)
+        ).clone()  # memory of torch's: it knows of what is written to it
     if not array.flags.writeable or any(stride < 0 or stride % array.itemsize for stride in array.strides):
         array = array.copy()  # torch shares memory only with arrays like its own
-    tensor = torch.from_numpy(array)
-    return tensor.float() if tensor.dtype == torch.float64 else tensor
+    return torch.from_numpy(array)
 
 
 def num_rows(dataset: Dataset[Any], *, what: str) -> int:

@@ -56,7 +56,7 @@ class RowReader:
         self._copies, self._keeper = copies, RowsOnGPU(copies.device) if keeps else None
 
     def read_together(self, most: int) -> None:
-        """Give up to so many full batches as one BatchGroup from now on; on a GPU, to which small ones go together."""
+        """Give up to so many full batches as one BatchGroup from now on, where a GPU is sent small ones together."""
         self._most_together = most
 
     def release(self) -> None:
@@ -129,9 +129,12 @@ class RowReader:
         return 1 if any(count % 64 for count in nbytes) else max(1, CHUNK_BYTES // max(1, sum(nbytes)))
 
     def _batches_together(self, num_full: int, at_once: int) -> int:
-        """Return how many full batches to join, of a pass's num_full: few are left over, and the number stays."""
-        most = min(self._most_together, at_once) if self._is_on_gpu else 1
-        return num_full // math.ceil(num_full / most) if num_full else 1
+        """Return how many full batches to join, the same all through a pass of num_full, so that few are left over."""
+        most = min(self._most_together, at_once, num_full) if self._is_on_gpu else 1
+        if most <= 1:
+            return 1
+        even = num_full // math.ceil(num_full / most)
+        return max((even, most), key=lambda n: num_full - num_full % n if n > 1 else 0)
 
     def _read(self, order: Tensor, size: int, start: int | None) -> Iterator[Any]:
         """Yield the batches of rows in this order; start: the first one, where they are consecutive."""

@@ -5,16 +5,26 @@ Sister: compiled_step.py, on a CPU.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kerastorch.device import Nested, leaves, map_nested, num_samples, side_stream
-from kerastorch.graph.parts import Batch, Result, StepParts, no_graph
+from kerastorch.graph.parts import (
+    Batch,
+    Result,
+    StepParts,
+    another_each_time,
+    detached,
+    join_results,
+    no_graph,
+    split_batch,
+    what_is_held,
+)
 from kerastorch.run import Run
 
 
@@ -46,18 +56,15 @@ class CapturedStep:
         def steps() -> Result:
             return join_results([step(*part) for part in split_batch(self._batch, num_steps)])
 
-        held, state_size = held_of_net(run.net), _state_size(parts)
+        held, state_size, earlier = what_is_held(run), _state_size(parts), sys.exc_info()[1]
         try:
             self._replay, self._result, self.pool = capture(steps, run.device, pool)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # of any kind: torch's optimizers assert what can be captured
-            raise no_graph(error, run.net) from error
-        if held_of_net(run.net) != held:
-            raise ValueError(
-                "loop='graph': the step is another each time, as where the net counts its calls or puts another tensor "
-                "in a buffer's place (self.mean.copy_(...) writes to it): use loop='script'."
-            )
+            raise no_graph(error, run.net, earlier) from error
+        if what_is_held(run) != held:
+            raise another_each_time()
         if _state_size(parts) != state_size:
             raise RuntimeError("loop='graph': the optimizer began its state inside a graph, which would begin it anew.")
         results = list(leaves(self._result[1]))
@@ -66,7 +73,7 @@ class CapturedStep:
         self.can_be_joined = all(isinstance(result, Tensor) and result.shape[:1] == (rows,) for result in results)
 
     def begin_epoch(self, run: Run) -> None:
-        """Nothing is looked at again: a capture holds kernels alone."""
+        """GraphStep has looked at what a capture holds."""
 
     def __call__(self, x: Any, y: Any, sample_weight: Tensor | None) -> Result:
         _write(self._batch, (x, y, sample_weight))
@@ -104,18 +111,6 @@ def as_in_a_capture(device: torch.device) -> Iterator[None]:
     torch.cuda.current_stream(device).wait_stream(side)
 
 
-def held_of_net(net: nn.Module) -> list[Any]:
-    """Return what a capture takes from a net and does not look at again: where its tensors lie, and plain values."""
-    tensors = [(tensor.data_ptr(), tensor.requires_grad) for tensor in (*net.parameters(), *net.buffers())]
-    values = [
-        value
-        for module in net.modules()
-        for name, value in vars(module).items()
-        if isinstance(value, (bool, int, float, str)) and name != "training"
-    ]
-    return [*tensors, *values]
-
-
 def _state_size(parts: StepParts) -> int:
     return sum(map(len, parts.run.optimizer.state.values()))
 
@@ -131,32 +126,5 @@ def _write(held: Nested, new: Nested) -> None:
         held.copy_(new, non_blocking=True)
 
 
-def split_batch(batch: Batch, n: int) -> list[Batch]:
-    """Return n joined batches one by one, as views."""
-    if n == 1:
-        return [batch]
-    size = num_samples(batch[0]) // n
-    return [map_nested(partial(_rows, i * size, (i + 1) * size), batch) for i in range(n)]
-
-
-def join_results(results: list[Result]) -> Result:
-    """Return the results of steps of one size as one step's: their mean losses, their outputs on the first axis."""
-    if len(results) == 1:
-        return results[0]
-    losses, outputs, parts = zip(*results, strict=True)
-    joined = iter([torch.cat(rows) for rows in zip(*map(leaves, outputs), strict=True)])
-    means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-    return torch.stack(losses).mean(), map_nested(lambda _: next(joined), outputs[0]), means
-
-
-def detached(leaf: Any) -> Any:
-    """Return a leaf of outputs without its graph."""
-    return leaf.detach() if isinstance(leaf, Tensor) else leaf
-
-
 def _clone(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _rows(start: int, stop: int, leaf: Any) -> Any:
-    return leaf[start:stop] if isinstance(leaf, Tensor) else leaf

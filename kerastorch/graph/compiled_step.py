@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value
 
-from kerastorch.graph.parts import Graph, Result, StepParts, no_graph
+from kerastorch.graph.parts import Graph, Result, StepParts, another_each_time, no_graph
 from kerastorch.graph.scalars import scalars_once
 from kerastorch.run import Run
 
@@ -71,6 +71,7 @@ class CompiledStep:
         options: dict[str, Any] = {"fallback_random": True, "post_grad_custom_post_pass": scalars_once()}
         self._step: Graph = torch.compile(own, fullgraph=True, dynamic=False, options=options)
         self._net, self._checks_left = run.net, CHECKED_CALLS
+        self._parameters, self._gradients = parameters, gradients
         self._is_made = self._is_different = False
         self.begin_epoch(run)
 
@@ -82,6 +83,9 @@ class CompiledStep:
 
     @torch.no_grad()
     def __call__(self, x: Any, y: Any, sample_weight: Tensor | None) -> Result:
+        if self._looks_on:  # somebody may have called zero_grad()
+            for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+                parameter.grad = gradient
         if not self._is_made or self._is_different:
             return self._compile(x, y, sample_weight)
         if self._checks_left or self._looks_on:
@@ -103,10 +107,10 @@ class CompiledStep:
         try:
             result = self._step(x, y, sample_weight)
         except torch._dynamo.exc.FailOnRecompileLimitHit as error:
-            raise ValueError(
-                "loop='graph': the step is another each time, as where the net counts its calls: use loop='script'."
-            ) from error
-        except torch._dynamo.exc.TorchDynamoException as error:
+            raise another_each_time() from error
+        except RuntimeError as error:  # the step went well in eager mode, but for what happens in a trace alone
+            if self._is_made and not isinstance(error, torch._dynamo.exc.TorchDynamoException):
+                raise
             raise no_graph(error, self._net) from error
         if not self._is_made:
             self._say(f"Compiled the training step in {time.monotonic() - begun:.1f} s.")
@@ -121,10 +125,11 @@ class _NetAndLoss(nn.Module):
         super().__init__()
         self.net, self.loss_fn = run.net, run.loss_fn
         self.of_loss = run.loss_fn.fn if isinstance(run.loss_fn.fn, nn.Module) else None
-        self.kind = run.kinds[0]
 
     def forward(self, x: Any, y: Any, sample_weight: Any) -> Result:
-        outputs = self.net(**x) if self.kind == "dict" else self.net(*x) if self.kind == "tuple" else self.net(x)
+        outputs = (
+            self.net(**x) if isinstance(x, dict) else self.net(*x) if isinstance(x, (tuple, list)) else self.net(x)
+        )
         if self.loss_fn.part_names:
             loss, parts = self.loss_fn.with_parts(outputs, y, sample_weight)
             return loss, outputs, parts

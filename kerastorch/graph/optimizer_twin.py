@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+LEAST_RATE = 1e-30  # stands for a rate of 0, which torch's traceable steps divide by; it changes no weight either
+
 
 class OptimizerTwin:
     """A second optimizer with the first one's parameters and state, which can be traced: its rates are in tensors.
@@ -30,6 +32,7 @@ class OptimizerTwin:
         self._rates = [float(group["lr"]) for group in optimizer.param_groups]
         self._options = self._read_options()
         self.begin()
+        self._places = self._find_places()
 
     def begin(self) -> None:
         """Let steps be counted on the device, as a capture has to."""
@@ -47,34 +50,29 @@ class OptimizerTwin:
         for i, (group, twin) in enumerate(zip(self.optimizer.param_groups, self.twin.param_groups, strict=False)):
             rate = group["lr"]
             if isinstance(rate, Tensor) and not rate.is_cpu:
-                twin["lr"].copy_(rate)  # without a look at it, which would be a sync
+                twin["lr"].copy_(rate).clamp_(min=LEAST_RATE)  # without a look at it, which would be a sync
             elif rate != self._rates[i]:
                 self._rates[i] = float(rate)
-                twin["lr"].fill_(self._rates[i])
+                twin["lr"].fill_(self._rates[i] or LEAST_RATE)
         options = self._read_options()
         if options != self._options:
-            self.changed = next(
-                (
-                    key
-                    for one, other in zip(options, self._options, strict=False)
-                    for key in one
-                    if one[key] != other[key]
-                ),
-                "the number of param groups",
-            )
+            pairs = zip(options, self._options, strict=False)
+            changed = (name for one, other in pairs for name in one if one[name] != other[name])
+            self.changed = next(changed, "number of param groups")
             return False
         return self.twin.state is self.optimizer.state
 
-    @property
-    def has_zero_rate(self) -> bool:
-        """Whether a rate is 0, as where it is to rise from there: torch's traceable steps divide by it."""
-        return 0.0 in self._rates
+    def has_moved(self) -> bool:
+        """Whether the state lies elsewhere than a capture knows."""
+        return self._find_places() != self._places
+
+    def _find_places(self) -> list[int]:
+        values = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [value.data_ptr() for value in values if isinstance(value, Tensor)]
 
     def _read_options(self) -> list[dict[str, Any]]:
-        return [
-            {key: value for key, value in group.items() if key not in ("params", "lr")}
-            for group in self.optimizer.param_groups
-        ]
+        names = self.optimizer.defaults.keys() - {"lr"}  # schedulers note more in the groups, which no step reads
+        return [{name: group.get(name) for name in names} for group in self.optimizer.param_groups]
 
     def step(self) -> None:
         """Update, without the decorators of step(), which no graph can hold."""
@@ -96,7 +94,7 @@ def _traceable(group: dict[str, Any], is_captured: bool) -> dict[str, Any]:
         "foreach": is_captured and "fused" not in group,
         "capturable": True,
     }
-    rate = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+    rate = torch.tensor(float(group["lr"]) or LEAST_RATE, dtype=torch.float32, device=device)
     return {**group, **{key: value for key, value in traced.items() if key in group}, "lr": rate}
 
 
@@ -113,3 +111,8 @@ def _find_counts(optimizer: Optimizer) -> list[tuple[dict[str, Any], str, Tensor
 def step_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
     """Return what was hung on an optimizer's step."""
     return [*optimizer._optimizer_step_pre_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
+
+
+def pre_hooks(optimizer: Optimizer) -> list[Callable[..., Any]]:
+    """Return those that are to be called before the step."""
+    return list(optimizer._optimizer_step_pre_hooks.values())

@@ -13,17 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from kerastorch.device import Nested, leaves, map_nested, preserved_random_state
-from kerastorch.graph.captured_step import (
-    CapturedStep,
-    as_in_a_capture,
-    detached,
-    held_of_net,
-    join_results,
-    split_batch,
-)
+from kerastorch.graph.captured_step import CapturedStep, as_in_a_capture
 from kerastorch.graph.compiled_step import CompiledStep
-from kerastorch.graph.optimizer_twin import OptimizerTwin, step_hooks
-from kerastorch.graph.parts import Batch, Result, StepParts, no_graph
+from kerastorch.graph.optimizer_twin import OptimizerTwin, pre_hooks, step_hooks
+from kerastorch.graph.parts import (
+    Batch,
+    Result,
+    StepParts,
+    another_each_time,
+    detached,
+    join_results,
+    no_graph,
+    split_batch,
+    what_is_held,
+)
 from kerastorch.run import Run
 
 Step = Callable[[Run, Any, Any, Tensor | None], tuple[Tensor, Any]]
@@ -31,6 +34,7 @@ WARM_UP = 3  # eager steps before a capture, in which libraries choose their ker
 MAX_CHANGES = 3  # of the optimizer's options in a fit
 MAX_TOGETHER = 32  # steps in one capture: launching it costs some 10 us, and each step's share is small change then
 MAX_RESULT_BYTES = 2**24  # of their outputs, which are kept until the last one's are there
+SMALL_NET_BYTES = 2**22  # of a net whose steps are all launches; a larger one's take long enough by themselves
 
 
 class GraphStep:
@@ -49,9 +53,14 @@ class GraphStep:
         self._graphs: dict[tuple[bool, bool, int], CompiledStep | CapturedStep] = {}
         self._twin: OptimizerTwin | None = None
         self._batch_form: Nested = None
-        self._held: list[Any] = []  # what the graphs hold of the net
+        self._held: list[Any] = []  # what the graphs hold of net and loss
         self._warm_up = WARM_UP
         self._settings = _settings(run)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a fit is going on."""
+        return "run" in vars(self)
 
     def fits(self, run: Run) -> bool:
         """Whether another fit is of the same net, loss, optimizer and options, so that its graphs can go on."""
@@ -65,10 +74,10 @@ class GraphStep:
             self._twin.begin()
 
     def begin_epoch(self) -> None:
-        """Forget the graphs where what they hold of the net has changed since the last epoch: a part is frozen, say."""
-        net = self.run.net
-        held = held_of_net(net) if self._is_cuda else [parameter.requires_grad for parameter in net.parameters()]
-        if held != self._held:
+        """Forget the graphs where what they hold has changed since the last epoch: a part is frozen, say."""
+        _refuse_gradient_hooks(self.run.net)
+        held = what_is_held(self.run)
+        if held != self._held or (self._is_cuda and self._twin is not None and self._twin.has_moved()):
             self._forget()
         self._held = held
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
@@ -83,7 +92,8 @@ class GraphStep:
         is_whole = window[-1] == window[0] and (not is_due or len(window) == run.gradient_accumulation_steps)
         batch, n = (x, y, sample_weight), run.num_together
         if run.is_full_batch and is_first and is_whole:
-            if self._is_fresh and self._twin is not None and _form(batch, n) != self._batch_form:  # another fit's
+            is_other = self._is_fresh and self._twin is not None and _form(batch, n) != self._batch_form
+            if is_other and run.num_batches != 1:  # the last fit's batches were others
                 self._forget()
                 self._train_together()
             self._is_fresh = False
@@ -91,11 +101,10 @@ class GraphStep:
                 self._prepare(x, y, sample_weight)
         twin = self._twin
         if twin is None or not is_whole or _form(batch, n) != self._batch_form:
-            return self._step_one_by_one(batch, n)
+            return self._step_each_eagerly(batch, n)
         if not twin.follow():
-            twin = self._renew_twin(twin)
-        if twin.has_zero_rate:
-            return self._step_one_by_one(batch, n)
+            self._note_change(twin)
+            return self._step_each_eagerly(batch, n)
         graph = self._graphs.get((is_first, is_due, n))
         if graph is None:
             parts = StepParts(run, self._parameters, self._gradients, twin, is_first, is_due)
@@ -134,7 +143,9 @@ class GraphStep:
         """Ask for several batches at once where a capture has shown how large a step's results are."""
         graph, most = self._graphs.get((True, True, 1)), 1
         if isinstance(graph, CapturedStep) and graph.can_be_joined and not step_hooks(self.run.optimizer):
-            most = max(1, min(MAX_TOGETHER, MAX_RESULT_BYTES // max(1, graph.result_bytes)))
+            net_bytes = sum(parameter.nbytes for parameter in self._parameters)
+            limits = MAX_TOGETHER * SMALL_NET_BYTES // max(1, net_bytes), MAX_RESULT_BYTES // max(1, graph.result_bytes)
+            most = max(1, min(MAX_TOGETHER, *limits))
         self.run.train_together(most)
 
     def _prepare(self, x: Nested, y: Nested, sample_weight: Tensor | None) -> None:
@@ -173,12 +184,13 @@ class GraphStep:
         seen = [parameter for parameter in parameters if parameter.grad is not None]
         for parameter in [*run.net.parameters(), *parameters]:
             parameter.grad = None
-        for buffer, before in buffers:
+        for (buffer, before), now in zip(buffers, run.net.buffers(), strict=True):
+            if now is not buffer:
+                raise another_each_time()
             buffer.copy_(before)
         return seen
 
-    def _step_one_by_one(self, batch: Batch, n: int) -> tuple[Tensor, Any]:
-        """Step eagerly for each of n joined batches."""
+    def _step_each_eagerly(self, batch: Batch, n: int) -> tuple[Tensor, Any]:
         loss, outputs, self.run.loss_fn.parts = join_results(
             [self._step_eagerly(*part) for part in split_batch(batch, n)]
         )
@@ -195,18 +207,16 @@ class GraphStep:
             parameter.grad = gradient
         return loss.detach(), map_nested(detached, outputs), dict(run.loss_fn.parts)
 
-    def _renew_twin(self, twin: OptimizerTwin) -> OptimizerTwin:
-        """Return one with the optimizer's options and state of now, and forget the graphs of the last one's."""
-        self._num_changes += 1
+    def _note_change(self, twin: OptimizerTwin) -> None:
+        """Forget the graphs of other options, or of another state, of the optimizer's."""
+        self._num_changes += twin.changed is not None
         if self._num_changes > MAX_CHANGES:
             raise ValueError(
                 f"loop='graph': the optimizer's {twin.changed} changes again and again, but a graph holds it. "
                 "Let schedules change lr alone, as OneCycleLR(..., cycle_momentum=False) does, or use loop='script'."
             )
-        twin.end()
-        self._graphs = {}
-        self._twin = OptimizerTwin(self.run.optimizer, is_captured=self._is_cuda)
-        return self._twin
+        self._forget()
+        self._train_together()
 
 
 def _settings(run: Run) -> tuple[Any, ...]:
@@ -223,16 +233,21 @@ def _refuse(run: Run) -> None:
         reason = f"it is for 'cpu' and 'cuda', not {run.device.type!r}"
     elif run.device.type == "cpu" and any(isinstance(module, nn.RNNBase) for module in run.net.modules()):
         reason = "torch.compile does not trace nn.RNN, nn.LSTM and nn.GRU"
-    elif any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in run.net.parameters()):
-        reason = "hooks on the parameters' gradients would not be called"
-    elif step_hooks(run.optimizer):
+    elif pre_hooks(run.optimizer):
         reason = "hooks on the optimizer's step would not be called before it"
+    elif not all("lr" in group for group in run.optimizer.param_groups):
+        reason = f"{type(run.optimizer).__name__} has no rate, lr, in its param groups"
     elif run.device.type == "cuda" and not all(
         {"fused", "capturable"} & {*group} for group in run.optimizer.param_groups
     ):
         reason = f"torch can't capture the step of {type(run.optimizer).__name__}"
     if reason is not None:
         raise ValueError(f"loop='graph': {reason}; or use loop='script'.")
+
+
+def _refuse_gradient_hooks(net: nn.Module) -> None:
+    if any(parameter._backward_hooks or parameter._post_accumulate_grad_hooks for parameter in net.parameters()):
+        raise ValueError("loop='graph': hooks on the parameters' gradients would not be called; or use loop='script'.")
 
 
 def _form(batch: Batch, n: int) -> Nested:

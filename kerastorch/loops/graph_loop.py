@@ -6,16 +6,25 @@ The sister file function_loop.py shows what the graph does; weights agree with t
 from __future__ import annotations
 
 from kerastorch.graph import GraphStep
-from kerastorch.loops.function_loop import eval_step, evaluate, predict, predict_step, train_epoch, train_step
+from kerastorch.loops.function_loop import (
+    FunctionLoop,
+    eval_step,
+    evaluate,
+    predict,
+    predict_step,
+    train_epoch,
+    train_step,
+)
 from kerastorch.loops.loop import Loop
 from kerastorch.run import Run
 
 
 class GraphLoop(Loop):
-    """Forward, gradients, clipping and update in one graph, made at the second batch; evaluation as it is elsewhere.
+    """Forward, gradients, clipping and update in one graph; evaluation as it is elsewhere.
 
-    A later fit of the same model goes on with it. On a GPU the Python of forward, with hooks of its modules, runs as a
-    graph is made and in none of its steps; whether a part was frozen, say, is looked at between epochs.
+    It is made at the first full batch, on a GPU after three eager ones; a later fit of the same model goes on with it.
+    Whether a part was frozen, say, is looked at between epochs. On a GPU the Python of forward, with hooks of its
+    modules, runs as a graph is made and in none of its steps.
     Raises ValueError for what a graph can't hold, with the way out.
     """
 
@@ -23,9 +32,11 @@ class GraphLoop(Loop):
         self._step: GraphStep | None = None
 
     def fit(self, run: Run) -> None:
-        if self._step is None or not self._step.fits(run):
+        if self._step is None or not (self._step.is_busy or self._step.fits(run)):
             self._step = GraphStep(run, eager_step=train_step)
         step = self._step
+        if step.is_busy:  # with the fit of a callback that calls train_on_batch
+            return FunctionLoop().fit(run)
         step.begin(run)
         try:
             for epoch in run.epoch_range():

@@ -371,13 +371,63 @@ def test_a_net_that_is_another_at_each_call_is_refused(kind, capture):
 
 def test_an_optimizer_that_begins_its_state_in_a_capture_is_an_error(capture):
     class Clears(Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            if epoch:
+        def on_train_batch_end(self, batch, logs=None):
+            if self.run.step == graph_step.WARM_UP:
                 self.model.optimizer.state.clear()
-                self.model._loop._step._graphs.clear()
 
     with pytest.raises(RuntimeError, match="the optimizer began its state inside a graph"):
         train("graph", callbacks=[Clears()])
+
+
+@pytest.mark.usefixtures("rows_on_gpu")
+@pytest.mark.parametrize("change", ["state cleared", "momentum", "group added", "state loaded"])
+def test_an_optimizer_changed_between_epochs_is_captured_anew(change, capture):
+    class Changes(Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            optimizer = self.model.optimizer
+            if epoch == 0 and change == "state cleared":
+                optimizer.state.clear()
+            elif epoch == 0 and change == "momentum":
+                optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+            elif epoch == 0 and change == "group added":
+                optimizer.add_param_group({"params": [self.model.net[4].bias.requires_grad_(True)], "lr": 0.1})
+            elif change == "state loaded":
+                optimizer.load_state_dict(optimizer.state_dict())
+
+    models = []
+    for loop in ("function", "graph"):
+        torch.manual_seed(0)
+        net = make_net()
+        net[4].bias.requires_grad_(change != "group added")
+        parameters = [parameter for parameter in net.parameters() if parameter.requires_grad]
+        model = kt.Model(net, device="cpu")
+        model.compile("cross_entropy", torch.optim.Adam(parameters), loop=loop)
+        torch.manual_seed(1)
+        model.fit(X, Y, batch_size=8, epochs=6, callbacks=Changes(), verbose=0)
+        models.append(model)
+    assert capture.num_captures > 2
+    for name, value in models[0].net.state_dict().items():
+        torch.testing.assert_close(models[1].net.state_dict()[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_a_scheduler_made_between_fits_and_a_fit_in_a_callback_are_no_hindrance(capture):
+    class TrainsInside(Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.train_on_batch(X[:8], Y[:8])
+
+    models = []
+    for loop in ("function", "graph"):
+        torch.manual_seed(0)
+        model = kt.Model(make_net(), device="cpu")
+        model.compile("cross_entropy", torch.optim.Adam(model.net.parameters()), loop=loop)
+        torch.manual_seed(1)
+        model.fit(X, Y, batch_size=8, epochs=2, callbacks=TrainsInside(), verbose=0)
+        torch.optim.lr_scheduler.StepLR(model.optimizer, 1)
+        model.fit(X, Y, batch_size=8, epochs=2, verbose=0)
+        models.append(model)
+    assert capture.num_replays > 15
+    for name, value in models[0].net.state_dict().items():
+        torch.testing.assert_close(models[1].net.state_dict()[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
 def test_the_rate_may_rise_from_zero(capture):
@@ -560,7 +610,7 @@ def test_on_cuda_workers_that_pin_go_on_during_a_capture(captured):
 
 @pytest.mark.cuda
 @needs_cuda
-def test_on_cuda_dropout_draws_anew_at_each_replay():
+def test_on_cuda_dropout_draws_anew_at_each_replay(captured):
     class Look(Callback):
         def on_train_begin(self, logs=None):
             self.losses = []
@@ -572,4 +622,5 @@ def test_on_cuda_dropout_draws_anew_at_each_replay():
     model = kt.Model(nn.Sequential(nn.Linear(6, 2000), nn.Dropout(0.5)), device="cuda")
     model.compile(lambda outputs, y: outputs.square().mean(), "sgd", loop="graph", param_groups={"*": {"lr": 0.0}})
     model.fit(X[:1].repeat(64, 1), Y[:64], batch_size=8, epochs=2, callbacks=look, verbose=0)
+    assert captured == [1]
     assert len(set(look.losses)) > 10  # of 16: the same rows and weights, other draws
