@@ -103,7 +103,8 @@ class GraphStep:
         if twin is None or not is_whole or _form(batch, n) != self._batch_form:
             return self._step_each_eagerly(batch, n)
         if not twin.follow():
-            self._note_change(twin)
+            if is_first:  # else gradients of the window would be lost
+                self._note_change(twin)
             return self._step_each_eagerly(batch, n)
         graph = self._graphs.get((is_first, is_due, n))
         if graph is None:

@@ -410,6 +410,20 @@ def test_an_optimizer_changed_between_epochs_is_captured_anew(change, capture):
         torch.testing.assert_close(models[1].net.state_dict()[name], value, rtol=1e-4, atol=1e-4, msg=name)
 
 
+def test_an_option_changed_inside_a_window_of_gradients_loses_none_of_them(capture):
+    class Changes(Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if self.run.epoch == 1 and batch == 3:  # the first of the second window
+                self.model.optimizer.param_groups[0]["betas"] = (0.5, 0.9)
+
+    expected, found = (
+        train(loop, callbacks=[Changes()], gradient_accumulation_steps=3) for loop in ("function", "graph")
+    )
+    assert capture.num_captures == 3  # of the window before
+    for name, value in expected.net.state_dict().items():
+        torch.testing.assert_close(found.net.state_dict()[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
 def test_a_scheduler_made_between_fits_and_a_fit_in_a_callback_are_no_hindrance(capture):
     class TrainsInside(Callback):
         def on_epoch_end(self, epoch, logs=None):
