@@ -163,6 +163,7 @@ def skorch(net: nn.Module, loader: Loader) -> Fit:
         criterion=nn.CrossEntropyLoss,
         optimizer=torch.optim.Adam,
         optimizer__fused=True,
+        lr=1e-3,  # Adam's own; skorch's is 0.01, with which a net soon has other activations, and other speed
         max_epochs=EPOCHS,
         batch_size=loader.batch_size,
         iterator_train__shuffle=True,
