@@ -61,7 +61,8 @@ class Run:
     forward: calls net with x as it came: net(x) for a tensor (then it is net itself), net(*x), net(**x).
     epoch, batch: indices from 0.   step: optimizer updates since fit began.   num_samples: rows in this batch.
     step_is_due: whether this batch ends an accumulation window.   stop_training: set it to end fit after this batch.
-    window: samples of each batch since the last update.
+    window: samples of each batch since the last update.   Where batches are trained on together, see train_together(),
+    x, loss and num_samples are of all of them.
     x, loss: this training batch's inputs and detached loss, on the device; None before the first.
     epochs_done: the index after the last finished epoch's.   batches_done: batches of the running epoch, 0 at its end.
     batches_seen: batches since fit began.   interrupt: the signal that asked to stop (SIGINT, SIGTERM), or None.

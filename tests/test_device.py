@@ -354,7 +354,7 @@ class FakeGPU:
             how = "sent" if non_blocking else "copied"
             self.notes.append(f"{tuple(tensor.shape)} {how} on {self.current.name}")
             assert not non_blocking or tensor.is_pinned()
-            return real(tensor, device)  # type: ignore[no-any-return]
+            return real(tensor, device)
 
         return to
 

@@ -569,9 +569,9 @@ def test_the_bare_module_is_the_one_inside_every_wrapper() -> None:
     net = nn.Linear(3, 2)
     assert bare_module(net) is net
     assert bare_module(nn.DataParallel(net)) is net
-    assert bare_module(torch.compile(net)) is net  # type: ignore[arg-type]
-    assert bare_module(nn.DataParallel(torch.compile(net))) is net  # type: ignore[arg-type]
-    assert bare_module(torch.compile(nn.DataParallel(net))) is net  # type: ignore[arg-type]
+    assert bare_module(torch.compile(net)) is net
+    assert bare_module(nn.DataParallel(torch.compile(net))) is net
+    assert bare_module(torch.compile(nn.DataParallel(net))) is net
 
 
 class Holder(nn.Module):
@@ -582,7 +582,7 @@ class Holder(nn.Module):
         self.module = nn.Linear(3, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.module(x)  # type: ignore[no-any-return]
+        return self.module(x)
 
 
 def test_a_net_with_an_attribute_called_module_is_no_wrapper() -> None:

@@ -166,7 +166,7 @@ def test_plain_recipe_of_another_kind_of_optimizer_is_refused(tmp_path: Path) ->
 
 
 def halves(model: nn.Module) -> list[Any]:
-    return [{"params": [*model[0].parameters()]}, {"params": [*model[2].parameters()]}]  # type: ignore[index]
+    return [{"params": [*model[0].parameters()]}, {"params": [*model[2].parameters()]}]
 
 
 def test_another_number_of_param_groups_is_told_with_their_sizes(tmp_path: Path) -> None:

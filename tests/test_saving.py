@@ -161,7 +161,7 @@ def test_module_in_the_net_s_own_keys_stays(tmp_path: Path) -> None:
 def test_versions_of_modules_follow_their_names() -> None:
     weights = nn.DataParallel(make_net()).state_dict()
     bare = bare_keys(weights, make_net().state_dict())
-    assert bare._metadata == make_net().state_dict()._metadata | {"": {"version": 1}}  # type: ignore[attr-defined]
+    assert bare._metadata == make_net().state_dict()._metadata | {"": {"version": 1}}
 
 
 def write_shards(folder: Path, suffix: str = ".safetensors") -> Path:
@@ -652,7 +652,7 @@ def test_load_weights_drops_the_state_that_compile_was_to_take_over(tmp_path: Pa
     again = kt.Model(loaded.net, device="cpu")
     again.compile("cross_entropy", "adam")
     with pytest.raises(ValueError, match="strict"):
-        loaded.load_weights(tmp_path / "a.pt", strict="no")  # type: ignore[arg-type]
+        loaded.load_weights(tmp_path / "a.pt", strict="no")
     assert loaded.load_weights(tmp_path / "a.pt").ok
     loaded.compile("cross_entropy", "adam")
     assert loaded.optimizer is not None
@@ -710,7 +710,7 @@ def test_states_under_the_names_of_the_imagenet_example_are_taken_over(tmp_path:
         assert torch.equal(*momenta)
         compiled = loaded.compiled
         assert compiled is not None
-        assert compiled.lr_scheduler.last_epoch == 2  # type: ignore[union-attr]
+        assert compiled.lr_scheduler.last_epoch == 2
 
 
 def test_settings_under_the_name_of_a_state_are_none(tmp_path: Path) -> None:

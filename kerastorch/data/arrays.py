@@ -110,9 +110,8 @@ def _from_numpy(value: Any) -> Tensor:
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     if array.dtype == np.float64:
-        return torch.from_numpy(
-            array.astype(np.float32)
-        ).clone()  # memory of torch's: it knows of what is written to it
+        # Memory of torch's own: it knows what is written to it, so that a GPU may keep a copy.
+        return torch.from_numpy(array.astype(np.float32)).clone()
     if not array.flags.writeable or any(stride < 0 or stride % array.itemsize for stride in array.strides):
         array = array.copy()  # torch shares memory only with arrays like its own
     return torch.from_numpy(array)

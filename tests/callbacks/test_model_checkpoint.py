@@ -875,7 +875,7 @@ def test_a_template_that_can_not_be_filled_in_is_refused_before_the_first_step(f
     model = make_model()
     with pytest.raises(ValueError, match=r"ModelCheckpoint's filepath .* can't be filled in: "):
         fit(model, ModelCheckpoint(tmp_path / filepath))
-    assert model.net.weight.item() == 1.0  # type: ignore[operator, union-attr]
+    assert model.net.weight.item() == 1.0
 
 
 def test_saved_is_printed_after_the_file_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,7 +207,7 @@ def test_statistics_are_taken_under_accumulation_and_bf16_too() -> None:
     model, swa = make_model(gradient_accumulation_steps=4, mixed_precision="bf16"), SWA(1, keep_average=False)
     fit(model, swa)
     assert swa.averaged_net is not None
-    statistics = swa.averaged_net.module[1]  # type: ignore[index]
+    statistics = swa.averaged_net.module[1]
     assert statistics.num_batches_tracked == 6
     assert not torch.equal(statistics.running_mean, model.net[1].running_mean)
 
@@ -267,11 +267,11 @@ class FrozenNorm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm, self.head = nn.Linear(6, 12), nn.BatchNorm1d(12), nn.Linear(12, 3)
-        nn.init.constant_(self.norm.running_mean, 0.5)  # type: ignore[arg-type]
-        nn.init.constant_(self.norm.running_var, 4.0)  # type: ignore[arg-type]
+        nn.init.constant_(self.norm.running_mean, 0.5)
+        nn.init.constant_(self.norm.running_var, 4.0)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.norm(self.first(x)))  # type: ignore[no-any-return]
+        return self.head(self.norm(self.first(x)))
 
     def train(self, mode: bool = True) -> "FrozenNorm":
         super().train(mode)
@@ -351,7 +351,7 @@ def test_a_resumed_run_averages_as_if_it_had_not_stopped(tmp_path: Path, stop_af
 def statistics_of(loader: Any, steps: int | None = None, **arguments: Any) -> nn.BatchNorm1d:
     model = make_model()
     fit(model, SWA(0), epochs=3, train=loader, steps_per_epoch=steps, validation_data=None, **arguments)
-    return model.net[1]  # type: ignore[no-any-return]
+    return model.net[1]
 
 
 @pytest.mark.parametrize("steps", [1, 4, 6, 8, 13])
@@ -388,7 +388,7 @@ class TwoInputs(nn.Module):
         self.head = nn.Linear(4, 3)
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
-        return self.head(self.norm(self.left(left) + self.right(right)))  # type: ignore[no-any-return]
+        return self.head(self.norm(self.left(left) + self.right(right)))
 
 
 class Pair(NamedTuple):
@@ -419,8 +419,8 @@ def test_several_inputs_reach_the_net_as_in_training(form: str) -> None:
             optimizer.zero_grad()
         average.update_parameters(by_hand)
     norm = average.module.norm
-    norm.reset_running_stats()  # type: ignore[operator, union-attr]
-    norm.momentum = None  # type: ignore[union-attr]
+    norm.reset_running_stats()
+    norm.momentum = None
     with torch.no_grad():
         for i in range(0, 25, 5):
             average(x[i : i + 5, :3], x[i : i + 5, 3:])

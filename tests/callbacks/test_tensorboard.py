@@ -695,4 +695,4 @@ def test_missing_folders_are_made(tmp_path: Path) -> None:
 
 def test_what_follows_histogram_freq_is_given_by_name() -> None:
     with pytest.raises(TypeError, match="positional argument"):
-        TensorBoard("logs", 0, True)  # type: ignore[misc]
+        TensorBoard("logs", 0, True)

@@ -453,7 +453,7 @@ def test_a_graph_may_keep_a_batch_while_a_later_one_is_written_to() -> None:
     loss = (next(iterator)[0] * weight).sum()
     next(iterator)[0].mul_(2)
     loss.backward()
-    assert (weight.grad == 8).all()  # type: ignore[union-attr]
+    assert (weight.grad == 8).all()
 
 
 def test_rows_set_anew_between_passes_are_read() -> None:
@@ -519,7 +519,7 @@ LEFT: dict[str, Callable[[], Any]] = {
     "own collate of weighted rows": lambda: weighted(PLAIN, torch.ones(ROWS), own_collate),
     "weighted rows in pairs": lambda: DataLoader(WeightedDataset(PLAIN, torch.ones(ROWS)), 4),
     "a stream": lambda: DataLoader(Stream(), 4),
-    "a list of rows": lambda: DataLoader([1.0, 2.0]),  # type: ignore[arg-type]
+    "a list of rows": lambda: DataLoader([1.0, 2.0]),
     "several datasets": lambda: DataLoader(ConcatDataset([PLAIN, PLAIN])),
     "stacked datasets": lambda: DataLoader(StackDataset(PLAIN, PLAIN)),
     "own tensor dataset": lambda: DataLoader(OwnTensors(X), 4),
@@ -541,9 +541,9 @@ LEFT: dict[str, Callable[[], Any]] = {
     "sparse weights": lambda: weighted(PLAIN, torch.ones(ROWS).to_sparse()),
     "weights elsewhere": lambda: weighted(PLAIN, torch.empty(ROWS, device="meta")),
     "a subset of flags": lambda: DataLoader(Subset(PLAIN, [True, False]), 4),
-    "a subset of floats": lambda: DataLoader(Subset(PLAIN, [0.0, 1.0]), 4),  # type: ignore[list-item]
-    "a subset of lists": lambda: DataLoader(Subset(PLAIN, [[0, 1], [2, 3]]), 4),  # type: ignore[list-item]
-    "a subset by key": lambda: DataLoader(Subset(PLAIN, {0: 5, 1: 7}), 4),  # type: ignore[arg-type]
+    "a subset of floats": lambda: DataLoader(Subset(PLAIN, [0.0, 1.0]), 4),
+    "a subset of lists": lambda: DataLoader(Subset(PLAIN, [[0, 1], [2, 3]]), 4),
+    "a subset by key": lambda: DataLoader(Subset(PLAIN, {0: 5, 1: 7}), 4),
     "a subset by label": lambda: DataLoader(Subset(PLAIN, pd.Series([5, 7], index=[1, 0])), 4),
 }
 
@@ -580,7 +580,7 @@ WRONG: dict[str, Callable[[], DataLoader[Any]]] = {
     "floats": lambda: DataLoader(PLAIN, batch_sampler=[[0, 1], [2.0]]),
     "texts": lambda: DataLoader(PLAIN, batch_sampler=[[0, 1], ["a"]]),
     "no rows": lambda: DataLoader(PLAIN, batch_sampler=[[0, 1], []]),
-    "a number": lambda: DataLoader(PLAIN, batch_sampler=[[0, 1], 7]),  # type: ignore[list-item]
+    "a number": lambda: DataLoader(PLAIN, batch_sampler=[[0, 1], 7]),
 }
 
 
@@ -763,7 +763,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> GPU:
 
 def reader_to_gpu(loader: DataLoader[Any], keeps: bool = True) -> tuple[RowReader, Copies]:
     reader, copies = reader_of(loader), Copies()
-    reader.read_to(copies, keeps=keeps)  # type: ignore[arg-type]
+    reader.read_to(copies, keeps=keeps)
     return reader, copies
 
 
@@ -983,14 +983,14 @@ def test_unpack_gets_batches_on_the_cpu(gpu: GPU) -> None:
     for unpack, count in ((lambda batch: batch, 0), (None, 1)):
         copies.sent.clear()
         source = BatchSource(loader, name="the data", unpack=unpack)
-        source.read_to(copies, keeps=True)  # type: ignore[arg-type]
+        source.read_to(copies, keeps=True)
         list(source.epoch())
         assert len(copies.sent) == count
 
 
 def test_a_source_lets_go_of_the_rows_on_the_gpu(gpu: GPU) -> None:
     source = BatchSource(DataLoader(TensorDataset(values(ROWS, 16)), 4), name="the data")
-    source.read_to(Copies(), keeps=True)  # type: ignore[arg-type]
+    source.read_to(Copies(), keeps=True)
     list(source.epoch()), list(source.epoch())
     reader = source._passes._plain_reader
     assert isinstance(reader, RowReader)
@@ -1148,7 +1148,7 @@ def test_batches_are_read_together_on_a_gpu_alone_and_from_the_next_ones_on() ->
 
 def test_a_source_counts_each_batch_of_those_it_gives_together() -> None:
     source = BatchSource(DataLoader(TensorDataset(values(67, 3)), 8), name="x")
-    source.read_to(Copies(), keeps=False)  # type: ignore[arg-type]
+    source.read_to(Copies(), keeps=False)
     source.read_together(5)
     seen = [(len(x), source.num_together, is_last) for (x, _, _), is_last in source.one_pass()]
     assert seen == [(32, 4, False), (32, 4, False), (3, 1, True)]

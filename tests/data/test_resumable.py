@@ -129,7 +129,7 @@ def step() -> None:
 
 def x_of(batch: Any) -> Tensor:
     (x, _, _), _ = batch
-    return x  # type: ignore[no-any-return]
+    return x
 
 
 def read(source: BatchSource, steps: int | None = None, done: int = 0, limit: int | None = None) -> list[Tensor]:
@@ -219,7 +219,7 @@ def test_settings_of_the_loader_are_kept() -> None:
     )
     made = resumable_loader(loader)
     assert (made.num_workers, made.prefetch_factor, made.timeout) == (1, 3, 20)
-    assert made.worker_init_fn.init == inits.append  # type: ignore[union-attr]
+    assert made.worker_init_fn.init == inits.append
     assert made.collate_fn.collate is torch.stack
     assert made.dataset is loader.dataset
     assert loader.collate_fn is torch.stack  # which stays as it was

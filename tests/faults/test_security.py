@@ -356,7 +356,7 @@ def test_bytes_in_the_place_of_a_worker_s_random_state_are_not_unpickled(tmp_pat
     marker = tmp_path / "marker"
     poison = pickle.dumps(poisons(marker)["eval"])
     with pytest.raises((TypeError, ValueError)):
-        set_cpu_random_state(poison)  # type: ignore[arg-type]
+        set_cpu_random_state(poison)
     path = tmp_path / "a.pt"
     write_checkpoint(path, put(base[0], ("run", "train_data", "workers"), {0: poison}))
     shutil.copy(base[1] / "log.csv", tmp_path)

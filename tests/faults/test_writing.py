@@ -283,7 +283,7 @@ def prepare_death(how: str) -> None:
             os.replace = lambda *args: (replace(*args), die())
         case _:
             unlink = Path.unlink
-            Path.unlink = lambda path, missing_ok=False: (  # type: ignore[method-assign]
+            Path.unlink = lambda path, missing_ok=False: (
                 die() if path.suffix == ".pt" else unlink(path, missing_ok=missing_ok)
             )
 
@@ -908,7 +908,7 @@ def wrapped(net: nn.Module, how: str) -> nn.Module:
     if "parallel" in how:
         net = nn.DataParallel(net)
     if "compiled" in how:
-        net = torch.compile(net, backend="eager")  # type: ignore[assignment]
+        net = torch.compile(net, backend="eager")
     return net
 
 
